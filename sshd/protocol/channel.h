@@ -1,0 +1,104 @@
+#pragma once
+
+#include "base/seqpacket.h"
+
+#include <cstdint>
+
+// postern-net <-> postern-session, one socketpair a connection, from the verdict on.
+//
+// net parses what strangers send, so session takes every message of it as hostile: known types, exact sizes, bounded text,
+// no descriptors ever from net; anything else ends the connection (kill net, HUP the programs).
+// session is trusted by net.
+//
+// Channel numbers are net's (0 .. 65535, never reused within a connection while open).
+namespace postern::sshd::channel {
+
+inline constexpr std::uint16_t version = 1;
+inline constexpr std::size_t max_message = 192 * 1024;  ///< bytes after the header
+inline constexpr std::size_t max_command = 128 * 1024;
+inline constexpr std::size_t max_env_name = 256;
+inline constexpr std::size_t max_env_value = 16 * 1024;
+inline constexpr std::size_t max_env_count = 128;  ///< per channel
+
+enum class Type : std::uint16_t {
+  // net -> session. "answered": session replies with answer_ok or answer_no for that channel, in order.
+  open = 1,           ///< ChannelRef: a new session channel (answered)
+  pty = 2,            ///< Pty (answered)
+  env = 3,            ///< Env, tail = name then value (answered)
+  start = 4,          ///< Start, tail = command or subsystem name; answered by started or answer_no
+  window_change = 5,  ///< WindowChange
+  signal = 6,         ///< Signal
+  send_break = 7,     ///< ChannelRef (answered)
+  closed = 8,         ///< ChannelRef: the client closed the channel (or net did, after exited was sent)
+  ask_sign = 9,       ///< net::AskSign, for a rekey: session forwards it to the broker; answered by signature
+
+  // session -> net
+  answer_ok = 20,    ///< Answer
+  answer_no = 21,    ///< Answer
+  started = 22,      ///< Started + descriptors
+  exited = 23,       ///< Exited: send exit-status or exit-signal now; output still in the pipes follows, then EOF, CLOSE
+  signature = 24,    ///< net::Signature
+  disconnect = 25,   ///< Disconnect: show the text on every open session channel's stderr, then SSH_MSG_DISCONNECT and exit
+  message = 26,      ///< ChannelMessage: a line for the user on that channel's stderr (pty: stdout), before anything else
+};
+
+struct ChannelRef {
+  std::uint32_t channel = 0;
+};
+struct Answer {
+  std::uint32_t channel = 0;
+  std::uint32_t spare = 0;
+};
+struct Pty {
+  std::uint32_t channel = 0;
+  std::uint32_t cols = 0, rows = 0, xpixels = 0, ypixels = 0;
+  FixedText<64> term;
+  FixedText<1024> modes;  ///< RFC 4254 section 8, encoded, as the client sent it
+};
+/// Tail: name (name_length bytes), then value.
+struct Env {
+  std::uint32_t channel = 0;
+  std::uint32_t name_length = 0;
+};
+enum class StartKind : std::uint32_t { shell = 0, exec = 1, subsystem = 2 };
+struct Start {
+  std::uint32_t channel = 0;
+  StartKind kind = StartKind::shell;
+};
+struct WindowChange {
+  std::uint32_t channel = 0;
+  std::uint32_t cols = 0, rows = 0, xpixels = 0, ypixels = 0;
+};
+struct Signal {
+  std::uint32_t channel = 0;
+  FixedText<16> name;  ///< RFC 4254 section 6.10, without "SIG"
+};
+
+/// Descriptors, in this order, for those whose flag is set: one that is both input and output (an unrecorded pty's leader), or
+/// input (write end), output (read end), error (read end). All non-blocking. EOF on input: net closes it.
+struct Started {
+  std::uint32_t channel = 0;
+  std::uint8_t combined = 0;  ///< 1: one descriptor for both directions
+  std::uint8_t input = 0;
+  std::uint8_t output = 0;
+  std::uint8_t error = 0;
+  std::uint8_t pty = 0;       ///< a read error EIO is end of file
+  std::uint8_t spare[3] = {};
+};
+struct Exited {
+  std::uint32_t channel = 0;
+  std::uint32_t by_signal = 0;    ///< 1: `name` and `core`, else `status`
+  std::uint32_t status = 0;       ///< 0..255
+  std::uint32_t core = 0;
+  FixedText<32> name;             ///< "TERM"
+  std::uint32_t close_now = 0;    ///< 1: do not wait for EOF of the outputs beyond what is readable now (a pty whose program left children)
+};
+struct Disconnect {
+  FixedText<1024> text;
+};
+struct ChannelMessage {
+  std::uint32_t channel = 0;
+  FixedText<1024> text;
+};
+
+}  // namespace postern::sshd::channel

@@ -1,0 +1,49 @@
+#include "sshd/protocol/facts.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+namespace postern::sshd {
+namespace {
+constexpr int all_seals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
+}
+
+Expected<UniqueFd> seal_facts(const ConnectionFacts& facts) {
+  ConnectionFacts copy = facts;
+  copy.magic = ConnectionFacts::expected_magic;
+  copy.size = sizeof copy;
+  UniqueFd fd{::memfd_create("postern-facts", MFD_CLOEXEC | MFD_ALLOW_SEALING)};
+  if (!fd) return Unexpected{system_error("make the facts memfd")};
+  const ssize_t n = ::pwrite(fd.get(), &copy, sizeof copy, 0);
+  if (n != static_cast<ssize_t>(sizeof copy)) return Unexpected{system_error("write the facts memfd", n < 0 ? errno : EIO)};
+  if (::fcntl(fd.get(), F_ADD_SEALS, all_seals) != 0) return Unexpected{system_error("seal the facts memfd")};
+  return fd;
+}
+
+Expected<ConnectionFacts> read_facts(int memfd) {
+  const auto bad = [](const char* what) { return Unexpected{Error{EBADMSG, std::string{"read the facts memfd: "} + what}}; };
+  const int seals = ::fcntl(memfd, F_GET_SEALS);
+  if (seals < 0 || (seals & all_seals) != all_seals) return bad("it is not sealed");
+  struct stat st {};
+  if (::fstat(memfd, &st) != 0 || st.st_size != static_cast<off_t>(sizeof(ConnectionFacts))) return bad("its size is not ours");
+  ConnectionFacts facts;
+  if (::pread(memfd, &facts, sizeof facts, 0) != static_cast<ssize_t>(sizeof facts)) return bad("it cannot be read");
+  if (facts.magic != ConnectionFacts::expected_magic || facts.size != sizeof facts) return bad("it is not ours");
+  if (facts.version != 1) return bad("its version is not ours");
+  bool ok = facts.exchange_hash.valid() && facts.peer_address.valid() && facts.server_address.valid() && facts.node_id.valid() &&
+            facts.node_name.valid() && facts.login.valid() && facts.tags.valid() && facts.server_node_id.valid() && facts.rule.valid() &&
+            facts.ssh_user.valid() && facts.local_user.valid() && facts.relay_socket.valid() && facts.registration_socket.valid() &&
+            facts.pam_service.valid() && facts.pam_confdir.valid() && facts.sftp_server.valid() && facts.recorder_count <= max_recorders &&
+            facts.accept_env_count <= max_accept_env;
+  for (const auto& r : facts.recorders) ok = ok && r.valid();
+  for (const auto& e : facts.accept_env) ok = ok && e.valid();
+  if (!ok) return bad("a length in it is wrong");
+  return facts;
+}
+
+}  // namespace postern::sshd
