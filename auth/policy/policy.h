@@ -34,6 +34,7 @@ struct Verdict {
   std::string local_user;  ///< the account
   std::vector<std::string> accept_env;     ///< globs, as written
   std::vector<Node> recorders;             ///< nodes that carry the rule's recorder tag, sorted by their lowest address
+  std::string recorder_tag;                ///< "tag:recorder" of the rule; empty: no recording
   bool record = false;                     ///< the rule names a recorder tag (even when no node carries it)
   bool enforce_recorder = false;
 

@@ -37,7 +37,7 @@ Expected<ConnectionFacts> read_facts(int memfd) {
   if (facts.version != 1) return bad("its version is not ours");
   bool ok = facts.exchange_hash.valid() && facts.peer_address.valid() && facts.server_address.valid() && facts.node_id.valid() &&
             facts.node_name.valid() && facts.login.valid() && facts.tags.valid() && facts.server_node_id.valid() && facts.rule.valid() &&
-            facts.ssh_user.valid() && facts.local_user.valid() && facts.relay_socket.valid() && facts.registration_socket.valid() &&
+            facts.ssh_user.valid() && facts.local_user.valid() && facts.recorder_tag.valid() && facts.relay_socket.valid() && facts.registration_socket.valid() &&
             facts.pam_service.valid() && facts.pam_confdir.valid() && facts.sftp_server.valid() && facts.recorder_count <= max_recorders &&
             facts.accept_env_count <= max_accept_env;
   for (const auto& r : facts.recorders) ok = ok && r.valid();

@@ -45,6 +45,7 @@ struct ConnectionFacts {
   FixedText<64> local_user;      ///< the account
   std::uint32_t uid = 0;         ///< of the account, as the session found it and the broker approved it
 
+  FixedText<128> recorder_tag;   ///< the rule's; a node that joins or leaves under it changes nothing
   std::uint8_t record = 0;            ///< 1: sessions are recorded
   std::uint8_t enforce_recorder = 0;  ///< 1: no recording, no session (fail closed)
   std::uint8_t allow_forwarding = 0;  ///< for a later issue; 0 here

@@ -1,0 +1,515 @@
+#include "sshd/broker/connection.h"
+
+#include "base/log.h"
+#include "sshd/protocol/net.h"
+#include "sshd/protocol/session.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <utility>
+
+namespace postern::sshd::broker {
+namespace {
+
+using namespace std::chrono_literals;
+
+// Time between the text of a revocation and the end of the bytes, and what a session then has to end its programs.
+constexpr auto revoke_text_time = 200ms;
+constexpr auto revoke_tree_time = 2s;
+// A refused client gets this long to read why (closing at once shows it "Connection reset").
+constexpr auto refusal_drain_time = 1s;
+// Later signatures (rekeys): 10 at once, one more each 10 s. libssh rekeys per GiB or hour.
+constexpr double sign_bucket = 10, sign_per_second = 0.1;
+
+void put_u32(std::string& out, std::uint32_t n) {
+  for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(n >> shift & 0xff);
+}
+
+// Identification line and SSH_MSG_DISCONNECT (RFC 4253 sections 4.2, 6, 11.1), unencrypted: made without reading a byte.
+std::string refusal(const std::string& version, std::string_view reason) {
+  std::string payload;
+  payload += static_cast<char>(1);  // SSH_MSG_DISCONNECT
+  put_u32(payload, 1);              // SSH_DISCONNECT_HOST_NOT_ALLOWED_TO_CONNECT
+  put_u32(payload, static_cast<std::uint32_t>(reason.size()));
+  payload += reason;
+  put_u32(payload, 0);
+  std::size_t padding = 8 - (5 + payload.size()) % 8;
+  if (padding < 4) padding += 8;
+  std::string out = "SSH-2.0-" + version + "\r\n";
+  put_u32(out, static_cast<std::uint32_t>(1 + payload.size() + padding));
+  out += static_cast<char>(padding);
+  out += payload;
+  out.append(padding, '\0');
+  return out;
+}
+
+int pidfd_signal(int pidfd, int signal) { return static_cast<int>(::syscall(SYS_pidfd_send_signal, pidfd, signal, nullptr, 0)); }
+
+std::string join(const std::vector<std::string>& parts) {
+  std::string out;
+  for (const auto& p : parts) out += (out.empty() ? "" : ",") + p;
+  return out;
+}
+
+std::vector<std::string> split(std::string_view text) {
+  std::vector<std::string> out;
+  while (!text.empty()) {
+    const auto comma = text.find(',');
+    out.emplace_back(text.substr(0, comma));
+    text = comma == std::string_view::npos ? std::string_view{} : text.substr(comma + 1);
+  }
+  return out;
+}
+
+// What the policy says of recording, in the form that is compared when the policy or the network changes.
+struct RecordingTerms {
+  bool record, enforce;
+  std::string tag;
+  bool operator==(const RecordingTerms&) const = default;
+};
+
+}  // namespace
+
+Connection::Connection(Broker& broker, UniqueFd client, Endpoint peer, Endpoint local)
+    : broker_{broker}, client_{std::move(client)}, peer_{peer}, local_{local}, grace_{broker.io()}, end_timer_{broker.io()} {
+  const Id id = Id::random();
+  facts_.connection_id = id.bytes;
+  id_ = id.text();
+}
+
+Connection::Connection(Broker& broker, const ConnectionFacts& facts, std::unique_ptr<LocalSocket> session, UniqueFd session_pidfd, UniqueFd net_pidfd)
+    : broker_{broker},
+      peer_{Address::parse(facts.peer_address.get()).value_or(Address{}), facts.peer_port},
+      local_{Address::parse(facts.server_address.get()).value_or(Address{}), facts.server_port},
+      phase_{Phase::live},
+      id_{facts.id().text()},
+      facts_{facts},
+      ssh_user_{facts.ssh_user.get()},
+      signed_once_{true},
+      granted_{true},
+      counted_{false},
+      session_{std::move(session)},
+      net_pidfd_{std::move(net_pidfd)},
+      session_watch_{std::make_unique<boost::asio::posix::stream_descriptor>(broker.io(), session_pidfd.release())},
+      grace_{broker.io()},
+      end_timer_{broker.io()} {}
+
+Connection::~Connection() {
+  // Before the grant a worker without a broker has nothing to do; afterwards it lives on by itself.
+  if (!granted_) kill_net();
+}
+
+void Connection::start() {
+  spdlog::info("event=connection connection={} peer={} server={}", id_, peer_.text(), local_.text());
+  grace_.expires_after(broker_.config().limits.login_grace_time + 1s);  // net's own timer comes first and can tell the client
+  grace_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+    if (!ec && !self->authenticated()) self->break_off("login grace time is over");
+  });
+  broker_.provider().who_is(peer_.address, [self = shared_from_this()](auto answer) { self->identified(std::move(answer)); });
+}
+
+void Connection::identified(Expected<std::optional<Node>> answer) {
+  if (phase_ != Phase::identifying || done_) return;
+  if (!answer) {
+    spdlog::warn("event=login verdict=deny connection={} peer={} why=identity_unavailable detail={}", id_, peer_.address.text(),
+                 log_quoted(answer.error().doing));
+    return refuse_unidentified("this server cannot learn who you are right now; try again later");
+  }
+  if (!*answer) {
+    spdlog::info("event=login verdict=deny connection={} peer={} why=no_identity", id_, peer_.address.text());
+    return refuse_unidentified("this network does not know " + peer_.address.text());
+  }
+  source_ = std::move(**answer);
+  if (broker_.self(local_.address) == nullptr) {
+    spdlog::error("event=login verdict=deny connection={} why=server_address_unknown server={}", id_, local_.address.text());
+    return refuse_unidentified("the network does not know this server's address");
+  }
+  phase_ = Phase::handshake;
+  broker_.give_worker(shared_from_this());
+}
+
+void Connection::refuse_unidentified(const std::string& reason) {
+  phase_ = Phase::ending;
+  const std::string bytes = refusal(broker_.config().ssh.version_string, reason);
+  // A fresh socket's buffer takes these few hundred bytes at once.
+  (void)::send(client_.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  ::shutdown(client_.get(), SHUT_WR);
+  drain_ = std::make_unique<boost::asio::posix::stream_descriptor>(broker_.io(), client_.release());
+  drain_->non_blocking(true);
+  end_timer_.expires_after(refusal_drain_time);
+  end_timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+    if (!ec) self->over();
+  });
+  // Reads and forgets, at most 64 KiB: never looks at a byte.
+  auto buffer = std::make_shared<std::array<char, 4096>>();
+  auto left = std::make_shared<int>(16);
+  auto read = std::make_shared<std::function<void()>>();
+  *read = [self = shared_from_this(), buffer, left, weak = std::weak_ptr{read}] {
+    self->drain_->async_read_some(boost::asio::buffer(*buffer), [self, left, weak](boost::system::error_code ec, std::size_t) {
+      const auto again = weak.lock();
+      if (ec || --*left == 0 || !again) return self->over();
+      (*again)();
+    });
+  };
+  (*read)();
+  // `read` must live as long as its handlers may call it again.
+  end_timer_.async_wait([read](boost::system::error_code) {});
+}
+
+void Connection::serve(Broker::Worker worker) {
+  if (done_ || phase_ != Phase::handshake) return;
+  net_token_ = worker.token;
+  net_pid_ = worker.child.pid;
+  net_pidfd_ = std::move(worker.child.pidfd);
+  net_ = std::move(worker.socket);
+  net_->start([weak = weak_from_this()](Message m) { if (const auto self = weak.lock()) self->on_net(std::move(m)); },
+              [weak = weak_from_this()](const std::string&) {
+                // Its end; why, the pidfd and the zygote tell. After the verdict it closes this one itself.
+                if (const auto self = weak.lock(); self && !self->authenticated() && self->phase_ != Phase::opening) self->break_off("the client is gone");
+              });
+  watch_net();
+  net::Serve serve;
+  serve.login_grace_ms = static_cast<std::uint32_t>(broker_.config().limits.login_grace_time.count());
+  serve.max_auth_attempts = broker_.config().limits.auth_attempts;
+  (void)serve.peer_address.set(peer_.address.text());
+  serve.peer_port = peer_.port;
+  std::vector<UniqueFd> fds;
+  fds.push_back(std::move(client_));
+  net_->send(static_cast<std::uint16_t>(net::Type::serve), serve, std::move(fds));
+}
+
+void Connection::watch_net() {
+  const int copy = ::fcntl(net_pidfd_.get(), F_DUPFD_CLOEXEC, 3);
+  if (copy < 0) return;
+  net_watch_ = std::make_unique<boost::asio::posix::stream_descriptor>(broker_.io(), copy);
+  net_watch_->async_wait(boost::asio::posix::descriptor_base::wait_read, [weak = weak_from_this()](boost::system::error_code ec) {
+    const auto self = weak.lock();
+    if (ec || !self || self->done_) return;
+    self->net_pid_ = -1;
+    if (!self->granted_) return self->break_off("the client is gone");
+    // The session sees it too and ends by itself; its pidfd ends this connection.
+  });
+}
+
+void Connection::on_net(Message message) {
+  const auto type = static_cast<net::Type>(message.type);
+  if (!message.fds.empty()) return break_off("net sent a descriptor");
+  if (type == net::Type::note) {
+    const auto note = message.body<net::Note>();
+    if (!note || !note->text.valid()) return break_off("net sent a malformed message");
+    spdlog::info("event=net_note connection={} text={}", id_, log_quoted(note->text.get()));
+    return;
+  }
+  if (type == net::Type::ask_sign && phase_ == Phase::handshake) {
+    const auto ask = message.body<net::AskSign>();
+    // One before the verdict: that hash is the session id. There is no second key exchange before a login.
+    if (!ask || signed_once_ || !ask->data.valid() || !HostKeys::may_sign(ask->data.get())) return break_off("net asked for a signature it may not have");
+    signed_once_ = true;
+    (void)facts_.exchange_hash.set(ask->data.get());
+    broker_.keys().sign(*ask, broker_.io().get_executor(), [weak = weak_from_this()](const std::string& blob) {
+      const auto self = weak.lock();
+      if (!self || !self->net_) return;
+      net::Signature answer;
+      (void)answer.blob.set(blob);
+      self->net_->send(static_cast<std::uint16_t>(net::Type::signature), answer);
+    });
+    return;
+  }
+  if (type == net::Type::ask_login && phase_ == Phase::handshake && signed_once_ && ssh_user_.empty()) {
+    const auto ask = message.body<net::AskLogin>();
+    if (!ask || !ask->ssh_user.valid() || !ask->client_version.valid() || ask->method > net::Method::keyboard_interactive)
+      return break_off("net sent a malformed question");
+    return login(*ask);
+  }
+  break_off("net sent message " + std::to_string(message.type) + " out of order");
+}
+
+auth::policy::Verdict Connection::decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const {
+  return broker_.policy().decide(broker_.provider().network(),
+                                 {.source = source, .source_address = peer_.address, .destination = destination, .ssh_user = ssh_user_, .uid = uid},
+                                 broker_.config().policy.require_network_rule);
+}
+
+void Connection::login(const net::AskLogin& ask) {
+  ssh_user_ = ask.ssh_user.get();
+  client_version_ = ask.client_version.get();
+  const Node* destination = broker_.self(local_.address);
+  if (ssh_user_.empty() || !auth::policy::is_mappable_user_name(ssh_user_)) {
+    if (ssh_user_.empty()) ssh_user_ = std::string(1, '\0');  // asked and answered
+    return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ask.ssh_user.get()), "invalid_user_name");
+  }
+  if (destination == nullptr) return deny("the network does not know this server's address", "server_address_unknown");
+  verdict_ = decide(source_, *destination, std::nullopt);
+  if (verdict_.outcome != auth::policy::Outcome::accept)
+    return deny(auth::policy::denial_text(verdict_.denial, ssh_user_), verdict_.outcome == auth::policy::Outcome::check ? "check_not_available" : "policy");
+  // Phase 1 found a candidate; only now is anything started for this peer.
+  auto pair = seqpacket_pair();
+  if (!pair) return deny("this server is out of resources; try again later", pair.error().doing);
+  phase_ = Phase::looking_up;
+  auto end = std::make_shared<UniqueFd>(std::move(pair->first));
+  broker_.session_zygote().fork(std::move(pair->second), [self = shared_from_this(), end](Expected<Child> child) {
+    if (self->done_ || self->phase_ != Phase::looking_up) return;
+    if (!child) return self->deny("this server is out of resources; try again later", child.error().doing);
+    self->session_pid_ = child->pid;
+    self->session_watch_ = std::make_unique<boost::asio::posix::stream_descriptor>(self->broker_.io(), child->pidfd.release());
+    self->session_ = std::make_unique<LocalSocket>(self->broker_.io().get_executor(), std::move(*end), session::version, 64 * 1024);
+    self->watch_session();
+    session::Lookup lookup;
+    if (!lookup.name.set(self->verdict_.local_user)) return self->deny("this user name is too long", "name_too_long");
+    self->session_->send(static_cast<std::uint16_t>(session::Type::lookup), lookup);
+  });
+}
+
+void Connection::watch_session() {
+  session_->start([weak = weak_from_this()](Message m) { if (const auto self = weak.lock()) self->on_session(std::move(m)); },
+                  [weak = weak_from_this()](const std::string& why) {
+                    const auto self = weak.lock();
+                    if (self && !self->granted_) self->break_off("the session process: " + why);
+                  });
+  session_watch_->async_wait(boost::asio::posix::descriptor_base::wait_read, [weak = weak_from_this()](boost::system::error_code ec) {
+    const auto self = weak.lock();
+    if (ec || !self || self->done_) return;
+    self->session_pid_ = -1;
+    if (!self->granted_) return self->break_off("the session process ended");
+    self->kill_net();  // without a session there is nobody to serve it
+    self->over();
+  });
+}
+
+void Connection::start_registered() {
+  spdlog::info("event=session_registered connection={} peer={} node={} local_user={}", id_, peer_.text(), log_quoted(facts_.node_name.get()),
+               log_quoted(facts_.local_user.get()));
+  watch_net();
+  watch_session();
+}
+
+void Connection::on_session(Message message) {
+  const auto type = static_cast<session::Type>(message.type);
+  if (!message.fds.empty()) return break_off("session sent a descriptor");
+  switch (type) {
+    case session::Type::user:
+      if (const auto user = message.body<session::User>(); user && user->name.valid() && phase_ == Phase::looking_up) return found(*user);
+      break;
+    case session::Type::ready:
+      if (const auto r = message.body<session::Ready>(); r && r->text.valid() && phase_ == Phase::opening) return opened(*r);
+      break;
+    case session::Type::ask_sign:
+      if (const auto ask = message.body<net::AskSign>(); ask && ask->data.valid() && authenticated()) {
+        const auto now = std::chrono::steady_clock::now();
+        sign_tokens_ = std::min(sign_bucket, sign_tokens_ + std::chrono::duration<double>(now - sign_refilled_).count() * sign_per_second);
+        sign_refilled_ = now;
+        const auto answer = [weak = weak_from_this()](const std::string& blob) {
+          const auto self = weak.lock();
+          if (!self || !self->session_) return;
+          net::Signature s;
+          (void)s.blob.set(blob);
+          self->session_->send(static_cast<std::uint16_t>(session::Type::signature), s);
+        };
+        if (sign_tokens_ < 1) {
+          spdlog::warn("event=sign_refused connection={} why=too_often", id_);
+          return answer({});
+        }
+        sign_tokens_ -= 1;
+        return broker_.keys().sign(*ask, broker_.io().get_executor(), answer);
+      }
+      break;
+    case session::Type::channels:
+      if (const auto c = message.body<session::Channels>(); c && authenticated()) {
+        channels_ = c->open;
+        return;
+      }
+      break;
+    case session::Type::event:
+      if (const auto e = message.body<session::Event>(); e && e->name.valid() && e->fields.valid()) {
+        spdlog::info("event={} connection={} {}", e->name.get(), id_, e->fields.get());
+        return;
+      }
+      break;
+    default:
+      break;
+  }
+  break_off("session sent message " + std::to_string(message.type) + " out of order");
+}
+
+void Connection::found(const session::User& user) {
+  const Node* destination = broker_.self(local_.address);
+  if (user.found == 0) {
+    // The same sentence as for a name that the policy does not permit: nobody learns who has an account.
+    return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ssh_user_), "no_such_account");
+  }
+  if (user.name.get() != verdict_.local_user) return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ssh_user_), "account_has_another_name");
+  if (destination == nullptr) return deny("the network does not know this server's address", "server_address_unknown");
+  // As an ordinary user "uid 0" reads as "the uid that runs posternd", and only that uid can log in.
+  verdict_ = decide(source_, *destination, user.uid);
+  if (verdict_.outcome != auth::policy::Outcome::accept) return deny(auth::policy::denial_text(verdict_.denial, ssh_user_), "policy");
+
+  const Config& c = broker_.config();
+  bool fits = facts_.peer_address.set(peer_.address.text()) && facts_.server_address.set(local_.address.text()) && facts_.node_id.set(source_.id) &&
+              facts_.node_name.set(source_.name) && facts_.login.set(source_.login) && facts_.tags.set(join(source_.tags)) &&
+              facts_.server_node_id.set(destination->id) && facts_.rule.set(verdict_.rule.text()) && facts_.ssh_user.set(ssh_user_) &&
+              facts_.local_user.set(verdict_.local_user) && facts_.recorder_tag.set(verdict_.recorder_tag) && facts_.relay_socket.set(c.relay.socket) &&
+              facts_.registration_socket.set(c.control.registration_socket) && facts_.pam_service.set(c.pam.service) &&
+              facts_.pam_confdir.set(c.pam.confdir) && facts_.sftp_server.set(c.session.sftp_server) && verdict_.accept_env.size() <= max_accept_env;
+  facts_.accepted_at = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  facts_.policy_version = broker_.policy_version();
+  facts_.peer_port = peer_.port;
+  facts_.server_port = local_.port;
+  facts_.uid = user.uid;
+  facts_.record = verdict_.record;
+  facts_.enforce_recorder = verdict_.enforce_recorder;
+  for (const auto& node : verdict_.recorders) {
+    if (node.addresses.empty() || facts_.recorder_count == max_recorders) continue;
+    const Address lowest = *std::min_element(node.addresses.begin(), node.addresses.end());
+    fits = fits && facts_.recorders[facts_.recorder_count++].set(Endpoint{lowest, c.recorder.port}.text());
+  }
+  for (const auto& glob : verdict_.accept_env)
+    if (fits) fits = facts_.accept_env[facts_.accept_env_count++].set(glob);
+  facts_.sessions_per_connection = c.limits.sessions_per_connection;
+  facts_.orphan_limit_seconds = static_cast<std::uint32_t>(c.session.orphan_limit.count());
+  facts_.recorder_grace_ms = static_cast<std::uint32_t>(c.recorder.grace.count());
+  facts_.recorder_start_ms = static_cast<std::uint32_t>(c.recorder.start_timeout.count());
+  if (!fits) return deny("this login cannot be described to the session; ask the administrator", "facts_too_long");
+
+  auto memfd = seal_facts(facts_);
+  auto pair = seqpacket_pair(256 * 1024);
+  const int pidfd = ::fcntl(net_pidfd_.get(), F_DUPFD_CLOEXEC, 3);
+  if (!memfd || !pair || pidfd < 0) return deny("this server is out of resources; try again later", "no_descriptors");
+  net_end_ = std::move(pair->second);
+  phase_ = Phase::opening;
+  std::vector<UniqueFd> fds;
+  fds.push_back(std::move(*memfd));
+  fds.push_back(std::move(pair->first));
+  fds.emplace_back(pidfd);
+  session_->send(static_cast<std::uint16_t>(session::Type::grant), session::Grant{}, std::move(fds));
+}
+
+void Connection::opened(const session::Ready& answer) {
+  if (answer.ok == 0) return deny(std::string{answer.text.get()}, "account");
+  granted_ = true;
+  phase_ = Phase::live;
+  grace_.cancel();
+  uncount();
+  const auto took = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - accepted_at_).count();
+  spdlog::info("event=login verdict=accept connection={} peer={} node={} user={} tags={} ssh_user={} local_user={} rule={} record={} enforce={} client={} us={}", id_,
+               peer_.text(), log_quoted(source_.name), log_quoted(source_.login), log_quoted(join(source_.tags)), log_quoted(ssh_user_), log_quoted(verdict_.local_user),
+               log_quoted(verdict_.rule.text()), verdict_.record, verdict_.enforce_recorder, log_quoted(client_version_), took);
+  net::Verdict verdict;
+  verdict.accepted = 1;
+  std::vector<UniqueFd> fds;
+  fds.push_back(std::move(net_end_));
+  net_->send(static_cast<std::uint16_t>(net::Type::verdict), verdict, std::move(fds));
+  // net closes its end when it has the verdict; ours follows then. Closing first could lose the message (unix(7): a close with
+  // unread data resets the peer).
+}
+
+void Connection::deny(const std::string& text, const std::string& why) {
+  spdlog::info("event=login verdict=deny connection={} peer={} node={} user={} tags={} ssh_user={} why={} client={}", id_, peer_.text(), log_quoted(source_.name),
+               log_quoted(source_.login), log_quoted(join(source_.tags)), log_quoted(ssh_user_), log_quoted(why), log_quoted(client_version_));
+  if (session_ && !granted_) session_->send_empty(static_cast<std::uint16_t>(session::Type::deny));
+  phase_ = Phase::ending;
+  net::Verdict verdict;
+  if (!verdict.text.set(text)) (void)verdict.text.set("access denied");
+  if (net_) net_->send(static_cast<std::uint16_t>(net::Type::verdict), verdict);
+  // net shows it and ends; one that does not is ended.
+  end_timer_.expires_after(revoke_tree_time);
+  end_timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+    if (!ec) self->break_off("a denied client stayed");
+  });
+}
+
+void Connection::break_off(const std::string& why) {
+  if (done_) return;
+  if (phase_ != Phase::ending) spdlog::info("event=connection_ended connection={} peer={} phase={} why={}", id_, peer_.text(), static_cast<int>(phase_), log_quoted(why));
+  if (granted_) return revoke("The connection was ended by the server.", why);
+  kill_net();
+  over();
+}
+
+void Connection::kill_net() {
+  if (!net_pidfd_) return;
+  if (const auto it = broker_.serving_.find(net_token_); it != broker_.serving_.end()) it->second.ours_to_kill = true;
+  pidfd_signal(net_pidfd_.get(), SIGKILL);
+}
+
+void Connection::revoke(const std::string& text, const std::string& why) {
+  if (done_ || phase_ == Phase::ending) return;
+  if (!granted_) return break_off(why);
+  spdlog::info("event=revoked connection={} peer={} node={} local_user={} why={}", id_, peer_.text(), log_quoted(facts_.node_name.get()),
+               log_quoted(facts_.local_user.get()), log_quoted(why));
+  phase_ = Phase::ending;
+  session::Revoke body;
+  (void)body.text.set(text);
+  session_->send(static_cast<std::uint16_t>(session::Type::revoke), body);
+  end_timer_.expires_after(revoke_text_time);
+  end_timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+    if (ec || self->done_) return;
+    self->kill_net();
+    self->end_timer_.expires_after(revoke_tree_time + 1s);
+    self->end_timer_.async_wait([self](boost::system::error_code again) {
+      if (again || self->done_) return;
+      spdlog::error("event=session_killed connection={} why=it_did_not_end_its_programs", self->id_);
+      if (self->session_watch_) pidfd_signal(self->session_watch_->native_handle(), SIGKILL);
+    });
+  });
+}
+
+void Connection::re_evaluate() {
+  if (done_ || !granted_ || phase_ != Phase::live) return;
+  broker_.provider().who_is(peer_.address, [self = shared_from_this()](Expected<std::optional<Node>> answer) {
+    if (self->done_ || self->phase_ != Phase::live) return;
+    if (!answer) return;  // the provider cannot say now: live sessions go on
+    const ConnectionFacts& f = self->facts_;
+    if (!*answer) return self->revoke("Access revoked.", "the network no longer knows this address");
+    const Node& node = **answer;
+    if (node.id != f.node_id.get() || node.login != f.login.get() || node.tags != split(f.tags.get()))
+      return self->revoke("Access revoked.", "another node, user or tags at this address");
+    const Node* destination = self->broker_.self(self->local_.address);
+    if (destination == nullptr || destination->id != f.server_node_id.get()) return self->revoke("Access revoked.", "this server's node changed");
+    const auto verdict = self->decide(node, *destination, f.uid);
+    if (verdict.outcome != auth::policy::Outcome::accept) return self->revoke("Access revoked.", "the policy no longer allows it");
+    if (verdict.local_user != f.local_user.get()) return self->revoke("Access revoked.", "the policy maps to another account");
+    const RecordingTerms now{verdict.record, verdict.enforce_recorder, verdict.recorder_tag};
+    const RecordingTerms then{f.record != 0, f.enforce_recorder != 0, std::string{f.recorder_tag.get()}};
+    if (now != then) return self->revoke("Access revoked.", "the policy's rule on recording changed");
+  });
+}
+
+void Connection::abandon() {
+  if (!granted_) {
+    kill_net();
+    over();
+  }
+}
+
+void Connection::uncount() {
+  if (std::exchange(counted_, false)) broker_.no_longer_unauthenticated(peer_.address);
+}
+
+void Connection::over() {
+  if (done_) return;
+  done_ = true;
+  uncount();
+  grace_.cancel();
+  end_timer_.cancel();
+  boost::system::error_code ignored;
+  if (drain_) drain_->close(ignored);
+  if (net_watch_) net_watch_->close(ignored);
+  if (session_watch_) session_watch_->close(ignored);
+  if (net_) net_->close();
+  if (session_) session_->close();
+  if (granted_) {
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now() - accepted_at_).count();
+    spdlog::info("event=connection_closed connection={} peer={} local_user={} seconds={}", id_, peer_.text(), log_quoted(facts_.local_user.get()), seconds);
+  }
+  broker_.remove(this);
+}
+
+}  // namespace postern::sshd::broker

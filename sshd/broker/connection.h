@@ -1,0 +1,95 @@
+#pragma once
+
+#include "sshd/broker/broker.h"
+#include "sshd/protocol/session.h"
+
+namespace postern::sshd::broker {
+
+/// One client's connection as the broker sees it. Phases, each with the only messages it takes:
+///
+///   identifying   who_is is asked; nothing of ours reads the socket yet
+///   handshake     net: one ask_sign (the session id), then ask_login
+///   looking_up    session (forked now): user
+///   opening       session: ready
+///   live          session: ask_sign (from a bucket), channels, event; net is out of our reach but for its pidfd
+///   ending        revoked or dying
+///
+/// Anything else ends the connection: net is killed by pidfd and a session that has no grant yet is told to go.
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  enum class Phase { identifying, handshake, looking_up, opening, live, ending };
+
+  Connection(Broker& broker, UniqueFd client, Endpoint peer, Endpoint local);
+  /// One that a session of an earlier broker brought back.
+  Connection(Broker& broker, const ConnectionFacts& facts, std::unique_ptr<LocalSocket> session, UniqueFd session_pidfd, UniqueFd net_pidfd);
+  ~Connection();
+
+  void start();
+  void start_registered();
+  /// A worker of the pool takes the client's socket.
+  void serve(Broker::Worker worker);
+  /// Asks again what was asked at the login; ends the connection when the answer changed.
+  void re_evaluate();
+  /// Shows `text`, then ends everything: net after 200 ms, the session's process tree within 2 s.
+  void revoke(const std::string& text, const std::string& why);
+  void worker_died(int wait_status);
+  /// The broker stops: what has no session yet ends; live sessions go on.
+  void abandon();
+
+  Phase phase() const { return phase_; }
+  bool authenticated() const { return phase_ == Phase::live || phase_ == Phase::ending; }
+  const Endpoint& peer() const { return peer_; }
+  const ConnectionFacts& facts() const { return facts_; }
+  const std::string& id() const { return id_; }
+  std::uint32_t channels() const { return channels_; }
+  pid_t session_pid() const { return session_pid_; }
+  pid_t net_pid() const { return net_pid_; }
+
+ private:
+  void identified(Expected<std::optional<Node>> answer);
+  void refuse_unidentified(const std::string& reason);
+  void on_net(Message message);
+  void on_session(Message message);
+  void login(const net::AskLogin& ask);
+  void found(const session::User& user);
+  void opened(const session::Ready& answer);
+  void deny(const std::string& text, const std::string& why);
+  void break_off(const std::string& why);
+  void kill_net();
+  void watch_session();
+  void watch_net();
+  void uncount();
+  void over();
+  auth::policy::Verdict decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const;
+
+  Broker& broker_;
+  UniqueFd client_;
+  Endpoint peer_, local_;
+  Phase phase_ = Phase::identifying;
+  std::string id_;
+  Node source_;
+  ConnectionFacts facts_;
+  std::string ssh_user_;
+  std::string client_version_;
+  auth::policy::Verdict verdict_;
+  bool signed_once_ = false;
+  bool granted_ = false;
+  bool counted_ = true;  ///< among the unauthenticated
+  bool done_ = false;
+  std::uint32_t channels_ = 0;
+  double sign_tokens_ = 5;
+  std::chrono::steady_clock::time_point sign_refilled_ = std::chrono::steady_clock::now();
+
+  std::uint64_t net_token_ = 0;
+  std::unique_ptr<LocalSocket> net_;
+  std::unique_ptr<LocalSocket> session_;
+  UniqueFd net_pidfd_;
+  UniqueFd net_end_;  // net's end of its socket to the session, until the verdict
+  pid_t net_pid_ = -1;
+  pid_t session_pid_ = -1;
+  std::unique_ptr<boost::asio::posix::stream_descriptor> net_watch_, session_watch_, drain_;
+  boost::asio::steady_timer grace_, end_timer_;
+  std::chrono::steady_clock::time_point accepted_at_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace postern::sshd::broker

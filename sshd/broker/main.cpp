@@ -1,0 +1,150 @@
+// posternd: the broker.
+//
+// Runs as root. Accepts connections, asks the identity provider who is there, decides by the policy, signs with the host keys, and
+// remembers who is in. Never parses an SSH byte: postern-net does, in its sandbox, and what it says is taken as a stranger's word.
+#include "base/log.h"
+#include "sshd/broker/broker.h"
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/signal_set.hpp>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <iostream>
+#include <linux/close_range.h>
+
+namespace {
+
+using postern::Place;
+using postern::Problem;
+
+int print_problems(const std::vector<Problem>& problems) {
+  for (const auto& p : problems) std::cerr << p.text() << "\n";
+  return 1;
+}
+
+// sd_notify(3): one datagram to the socket that systemd named.
+void notify_systemd(const char* state) {
+  const char* path = std::getenv("NOTIFY_SOCKET");
+  if (path == nullptr || (path[0] != '/' && path[0] != '@')) return;
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::size_t length = std::strlen(path);
+  if (length >= sizeof address.sun_path) return;
+  std::memcpy(address.sun_path, path, length);
+  if (path[0] == '@') address.sun_path[0] = '\0';
+  const postern::UniqueFd fd{::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)};
+  (void)::sendto(fd.get(), state, std::strlen(state), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address),
+                 static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + length));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  using namespace postern;
+  using namespace postern::sshd::broker;
+
+  CLI::App app{"posternd: an SSH server for identity networks"};
+  std::string config_file = "/etc/postern/posternd.toml";
+  bool check = false, version = false;
+  int ready_fd = -1;
+  app.add_option("--config", config_file, "settings (docs/SETTINGS.md)");
+  app.add_flag("--check-config", check, "read settings, policy and nodes, name what is wrong (file:line:column), and exit 0 or 1");
+  app.add_option("--ready-fd", ready_fd, "write one line of JSON to this descriptor once logins are possible");
+  app.add_flag("--version", version, "print the version and what this build lacks");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  if (version) {
+    std::cout << "posternd " << POSTERN_VERSION << " (libssh " << POSTERN_LIBSSH_MODE << ")\n";
+    return 0;
+  }
+  // What we were started with is nobody else's business: programs that we start get what they are given.
+  ::close_range(3, ~0U, CLOSE_RANGE_CLOEXEC);
+
+  const auto text = read_whole_file(config_file, 1024 * 1024);
+  if (!text) {
+    std::cerr << text.error().doing << "\n";
+    return 1;
+  }
+  auto config = parse_config(*text, config_file);
+  if (!config) return print_problems(config.error());
+  if (check) {
+    std::vector<Problem> problems;
+    if (auto provider = auth::identity::make_static_provider(config->identity.file); !provider) problems = provider.error();
+    const auto policy_text = read_whole_file(config->policy.file, 64 * 1024 * 1024);
+    if (!policy_text) {
+      problems.push_back({{config->policy.file, 1, 1}, "", policy_text.error().doing, ""});
+    } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file); !policy) {
+      problems.insert(problems.end(), policy.error().begin(), policy.error().end());
+    } else {
+      for (const auto& w : policy->warnings()) std::cerr << "warning: " << w.text() << "\n";
+    }
+    if (!problems.empty()) return print_problems(problems);
+    std::cout << config_file << ": fine\n";
+    return 0;
+  }
+
+  set_up_log("posternd", config->log.level);
+  std::signal(SIGPIPE, SIG_IGN);
+  // Each connection costs four descriptors here.
+  rlimit files{};
+  if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
+    files.rlim_cur = files.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &files);
+  }
+  std::error_code ec;
+  const auto self = std::filesystem::read_symlink("/proc/self/exe", ec);
+  boost::asio::io_context io{1};
+  Broker broker{io, std::move(*config), config_file, self.parent_path().string()};
+  int result = 0;
+
+  boost::asio::signal_set stop_signals{io, SIGTERM, SIGINT};
+  stop_signals.async_wait([&](boost::system::error_code e, int) {
+    if (e) return;
+    spdlog::info("event=stopping");
+    notify_systemd("STOPPING=1");
+    broker.stop();
+    io.stop();
+  });
+  boost::asio::signal_set hup{io, SIGHUP};
+  std::function<void()> wait_hup = [&] {
+    hup.async_wait([&](boost::system::error_code e, int) {
+      if (e) return;
+      broker.reload();
+      wait_hup();
+    });
+  };
+  wait_hup();
+
+  broker.start([&](Expected<Done> started) {
+    if (!started) {
+      std::cerr << started.error().doing << "\n";
+      result = 1;
+      return io.stop();
+    }
+    nlohmann::json listening = nlohmann::json::array();
+    for (const auto& e : broker.listening()) listening.push_back(e.text());
+    spdlog::info("event=ready listening={}", listening.dump());
+    notify_systemd("READY=1");
+    if (ready_fd >= 0) {
+      const std::string line = nlohmann::json{{"listening", listening}, {"control", broker.config().control.socket}}.dump() + "\n";
+      (void)!::write(ready_fd, line.data(), line.size());
+      ::close(ready_fd);
+    }
+  });
+  io.run();
+  return result;
+}

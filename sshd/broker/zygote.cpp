@@ -1,0 +1,180 @@
+#include "sshd/broker/zygote.h"
+
+#include "base/log.h"
+#include "sshd/protocol/net.h"
+#include "sshd/protocol/session.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+extern char** environ;
+
+namespace postern::sshd::broker {
+
+// The shapes that both protocols share; a difference would be read wrongly here.
+static_assert(sizeof(net::Forked) == sizeof(session::Forked) && sizeof(net::ForkWorker) == sizeof(session::ForkSession) &&
+              sizeof(net::WorkerDied) == sizeof(session::SessionDied) && sizeof(net::ZygoteReady) == sizeof(session::ZygoteReady));
+
+Expected<Program> Program::open(const std::string& dir, const std::string& name) {
+  const std::string path = dir + "/" + name;
+  UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (!fd) return Unexpected{system_error("open program " + path)};
+  if (::faccessat(AT_FDCWD, path.c_str(), X_OK, AT_EACCESS) != 0) return Unexpected{system_error("run program " + path)};
+  return Program{name, std::move(fd)};
+}
+
+Zygote::Zygote(boost::asio::io_context& io, const Program& program, ZygoteProtocol protocol, std::vector<std::byte> hello,
+               std::vector<std::string> watched, OnDied on_died)
+    : io_{io}, program_{program}, protocol_{protocol}, hello_{std::move(hello)}, watched_{std::move(watched)},
+      on_died_{std::move(on_died)}, timer_{io} {}
+
+Zygote::~Zygote() = default;
+
+void Zygote::start(std::function<void(Expected<std::string>)> ready) {
+  ready_ = std::move(ready);
+  launch();
+}
+
+bool Zygote::files_changed() {
+  std::vector<std::int64_t> now;
+  for (const auto& path : watched_) {
+    struct stat st {};
+    now.push_back(::stat(path.c_str(), &st) == 0 ? st.st_mtim.tv_sec * 1'000'000'000 + st.st_mtim.tv_nsec : 0);
+  }
+  const bool changed = !seen_.empty() && now != seen_;
+  seen_ = std::move(now);
+  return changed;
+}
+
+void Zygote::launch() {
+  is_ready_ = false;
+  stale_ = false;
+  files_changed();
+  socket_.reset();  // the old one ends by itself; its workers live on
+  auto pair = seqpacket_pair();
+  if (!pair) return lost(pair.error().doing);
+
+  // Started by descriptor, everything else close-on-exec, its control socket as descriptor 3.
+  posix_spawn_file_actions_t actions;
+  posix_spawnattr_t attributes;
+  ::posix_spawn_file_actions_init(&actions);
+  ::posix_spawnattr_init(&attributes);
+  ::posix_spawn_file_actions_adddup2(&actions, pair->second.get(), 3);
+  sigset_t none, all;
+  ::sigemptyset(&none);
+  ::sigfillset(&all);
+  ::posix_spawnattr_setsigmask(&attributes, &none);
+  ::posix_spawnattr_setsigdefault(&attributes, &all);
+  ::posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+  const std::string path = "/proc/self/fd/" + std::to_string(program_.fd.get());
+  std::string name = program_.name + ": zygote";
+  char* argv[] = {name.data(), nullptr};
+  // Nothing of our environment matters to them; a user's session must not see the broker's.
+  std::string locale = "LC_ALL=C.UTF-8", search = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
+  std::vector<char*> environment{locale.data(), search.data()};
+  std::string sanitizer;
+  if (const char* options = std::getenv("ASAN_OPTIONS")) {
+    sanitizer = std::string{"ASAN_OPTIONS="} + options;
+    environment.push_back(sanitizer.data());
+  }
+  environment.push_back(nullptr);
+  pid_t pid = -1;
+  // When the socket's own number is 3, adddup2 onto itself only clears close-on-exec (glibc >= 2.29), which is what we want.
+  const int error = ::posix_spawn(&pid, path.c_str(), &actions, &attributes, argv, environment.data());
+  ::posix_spawn_file_actions_destroy(&actions);
+  ::posix_spawnattr_destroy(&attributes);
+  if (error != 0) return lost(system_error("start " + program_.name, error).doing);
+  pid_ = pid;
+  socket_ = std::make_unique<LocalSocket>(io_.get_executor(), std::move(pair->first), protocol_.version, 64 * 1024);
+  socket_->start([this](Message m) { on_message(std::move(m)); }, [this](const std::string& why) { lost(why); });
+  socket_->send_bytes(protocol_.hello, hello_);
+  timer_.expires_after(start_timeout);
+  timer_.async_wait([this](boost::system::error_code ec) {
+    if (ec || is_ready_) return;
+    if (pid_ > 0) ::kill(pid_, SIGKILL);
+    lost("it was not ready in time");
+  });
+}
+
+void Zygote::lost(const std::string& why) {
+  socket_.reset();
+  pid_ = -1;
+  const bool was_ready = std::exchange(is_ready_, false);
+  for (auto& [token, forked] : std::exchange(asked_, {})) forked(Unexpected{Error{EPIPE, program_.name + " zygote: " + why}});
+  if (ready_) {  // it never came up: start-up fails
+    const auto ready = std::exchange(ready_, nullptr);
+    return ready(Unexpected{Error{EPIPE, program_.name + " zygote: " + why}});
+  }
+  spdlog::error("event=zygote_lost program={} why={}", program_.name, log_quoted(why));
+  timer_.expires_after(was_ready ? std::chrono::milliseconds{10} : std::chrono::milliseconds{500});
+  timer_.async_wait([this](boost::system::error_code ec) {
+    if (!ec) launch();
+  });
+}
+
+void Zygote::on_message(Message message) {
+  if (message.type == protocol_.ready && !is_ready_) {
+    const auto body = message.body<net::ZygoteReady>();
+    if (!body || !body->missing.valid()) return lost("it sent a malformed message");
+    is_ready_ = true;
+    timer_.cancel();
+    if (const auto ready = std::exchange(ready_, nullptr)) ready(std::string{body->missing.get()});
+    spdlog::info("event=zygote_ready program={} pid={}", program_.name, pid_);
+    return pump();
+  }
+  if (message.type == protocol_.forked && is_ready_) {
+    const auto body = message.body<net::Forked>();
+    if (!body) return lost("it sent a malformed message");
+    const auto it = asked_.find(body->token);
+    if (it == asked_.end()) return lost("it answered what was not asked");
+    const auto forked = std::move(it->second);
+    asked_.erase(it);
+    if (body->error != 0 || message.fds.size() != 1) return forked(Unexpected{system_error("fork " + program_.name, body->error)});
+    return forked(Child{body->pid, std::move(message.fds[0])});
+  }
+  if (message.type == protocol_.died && is_ready_) {
+    const auto body = message.body<net::WorkerDied>();
+    if (!body) return lost("it sent a malformed message");
+    return on_died_(body->token, body->wait_status);
+  }
+  lost("it sent a message out of order");
+}
+
+std::uint64_t Zygote::fork(UniqueFd socket, OnForked forked) {
+  const std::uint64_t token = next_token_++;
+  waiting_.push_back({token, std::move(socket), std::move(forked)});
+  if (is_ready_ && (stale_ || files_changed())) {
+    spdlog::info("event=zygote_replaced program={} pid={}", program_.name, pid_);
+    launch();
+  }
+  pump();
+  return token;
+}
+
+bool Zygote::replace_after_crash() {
+  const auto now = std::chrono::steady_clock::now();
+  if (last_replacement_ != std::chrono::steady_clock::time_point{} && now - last_replacement_ < replace_interval) return false;
+  last_replacement_ = now;
+  stale_ = true;
+  return true;
+}
+
+void Zygote::pump() {
+  while (is_ready_ && !waiting_.empty()) {
+    Waiting w = std::move(waiting_.front());
+    waiting_.pop_front();
+    asked_.emplace(w.token, std::move(w.forked));
+    std::vector<UniqueFd> fds;
+    fds.push_back(std::move(w.socket));
+    socket_->send(protocol_.fork, net::ForkWorker{w.token}, std::move(fds));
+  }
+}
+
+}  // namespace postern::sshd::broker

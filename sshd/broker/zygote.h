@@ -1,0 +1,101 @@
+#pragma once
+
+#include "base/expected.h"
+#include "base/unique_fd.h"
+#include "sshd/broker/local_socket.h"
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace postern::sshd::broker {
+
+/// A program of ours, opened once and started by descriptor, so that an upgrade on disk never mixes versions.
+struct Program {
+  std::string name;
+  UniqueFd fd;
+
+  static Expected<Program> open(const std::string& dir, const std::string& name);
+};
+
+/// What was forked for us.
+struct Child {
+  pid_t pid = -1;
+  UniqueFd pidfd;
+};
+
+/// How one kind of zygote talks: the numbers of its messages (sshd/protocol/{net,session}.h share the shapes).
+struct ZygoteProtocol {
+  std::uint16_t version;
+  std::uint16_t hello, fork, ready, forked, died;
+};
+
+/// A single-threaded program of ours, exec'ed once and warmed up, that forks a worker whenever it is told to (DESIGN section 1).
+///
+/// It is replaced before the next fork when one of `watched` files changed (new libraries, PAM modules), when a worker of it died by
+/// a signal that we did not send (fresh ASLR and canary), or when it died itself. A replacement because of a dead worker comes at
+/// most once a `replace_interval`. Workers outlive their zygote.
+class Zygote {
+ public:
+  using OnForked = std::function<void(Expected<Child>)>;
+  /// `by_signal`: the worker crashed (or was killed by somebody else). Called for each worker that ended.
+  using OnDied = std::function<void(std::uint64_t token, int wait_status)>;
+
+  static constexpr std::chrono::seconds replace_interval{60};
+  static constexpr std::chrono::seconds start_timeout{20};
+
+  Zygote(boost::asio::io_context& io, const Program& program, ZygoteProtocol protocol, std::vector<std::byte> hello,
+         std::vector<std::string> watched, OnDied on_died);
+  ~Zygote();
+
+  /// Starts it; `ready` runs once, with what it said of itself (warnings), or why it failed.
+  void start(std::function<void(Expected<std::string>)> ready);
+  /// Forks a worker that gets `socket` as its end. The token comes back in on_died.
+  std::uint64_t fork(UniqueFd socket, OnForked forked);
+  /// A worker crashed: replace the zygote before the next fork. False when that was done less than replace_interval ago.
+  bool replace_after_crash();
+
+  pid_t pid() const noexcept { return pid_; }
+
+ private:
+  struct Waiting {
+    std::uint64_t token;
+    UniqueFd socket;
+    OnForked forked;
+  };
+  void launch();
+  void lost(const std::string& why);
+  void on_message(Message message);
+  void pump();
+  bool files_changed();
+
+  boost::asio::io_context& io_;
+  const Program& program_;
+  ZygoteProtocol protocol_;
+  std::vector<std::byte> hello_;
+  std::vector<std::string> watched_;
+  std::vector<std::int64_t> seen_;
+  OnDied on_died_;
+  std::function<void(Expected<std::string>)> ready_;
+  std::unique_ptr<LocalSocket> socket_;
+  boost::asio::steady_timer timer_;
+  pid_t pid_ = -1;
+  bool is_ready_ = false;
+  bool stale_ = false;
+  std::chrono::steady_clock::time_point last_replacement_{};
+  std::uint64_t next_token_ = 1;
+  std::deque<Waiting> waiting_;
+  std::map<std::uint64_t, OnForked> asked_;
+};
+
+}  // namespace postern::sshd::broker
