@@ -1,0 +1,128 @@
+// postern sessions ls|kill, postern status: talks to posternd's control socket (root, or the user that runs posternd).
+#include "cli/command.h"
+
+#include "base/expected.h"
+#include "base/unique_fd.h"
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+#include <iomanip>
+#include <iostream>
+
+namespace postern::cli {
+namespace {
+
+using json = nlohmann::json;
+
+constexpr std::size_t largest_answer = 64 * 1024 * 1024;
+
+// One request, one line of answer. Errors: the socket's (errno), or what posternd answered.
+Expected<json> ask(const std::string& path, const json& request) {
+  const UniqueFd fd{::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)};
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof address.sun_path) return Unexpected{system_error("connect to " + path, ENAMETOOLONG)};
+  std::memcpy(address.sun_path, path.data(), path.size());
+  if (!fd || ::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
+    return Unexpected{system_error("connect to " + path + " (is posternd running, and are you root?)")};
+  const std::string line = request.dump() + "\n";
+  if (::send(fd.get(), line.data(), line.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(line.size()))
+    return Unexpected{system_error("ask posternd")};
+  std::string answer;
+  char buffer[16384];
+  while (answer.find('\n') == std::string::npos && answer.size() < largest_answer) {
+    const ssize_t n = ::read(fd.get(), buffer, sizeof buffer);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return Unexpected{Error{EPROTO, "posternd closed the connection without an answer"}};
+    answer.append(buffer, static_cast<std::size_t>(n));
+  }
+  json parsed = json::parse(answer, nullptr, false);
+  if (!parsed.is_object()) return Unexpected{Error{EPROTO, "posternd's answer is not understood"}};
+  if (parsed.contains("error")) return Unexpected{Error{EINVAL, parsed["error"].get<std::string>()}};
+  return parsed;
+}
+
+std::string since(std::int64_t when) {
+  const auto seconds = static_cast<std::int64_t>(std::time(nullptr)) - when;
+  if (seconds < 120) return std::to_string(seconds) + "s";
+  if (seconds < 7200) return std::to_string(seconds / 60) + "m";
+  return std::to_string(seconds / 3600) + "h";
+}
+
+int list(const std::string& socket, bool as_json) {
+  const auto answer = ask(socket, {{"command", "ls"}});
+  if (!answer) {
+    std::cerr << "postern: " << answer.error().doing << "\n";
+    return 1;
+  }
+  const json& connections = (*answer)["connections"];
+  if (as_json) {
+    for (const auto& c : connections) std::cout << c.dump() << "\n";
+    return 0;
+  }
+  std::cout << std::left << std::setw(28) << "CONNECTION" << std::setw(18) << "LOCAL USER" << std::setw(28) << "WHO" << std::setw(24) << "FROM" << std::setw(8)
+            << "SINCE" << std::setw(6) << "OPEN" << "RECORDING\n";
+  for (const auto& c : connections) {
+    const std::string user = c["user"], tags = c["tags"];
+    std::cout << std::setw(28) << c["connection"].get<std::string>() << std::setw(18) << c["local_user"].get<std::string>() << std::setw(28)
+              << (user.empty() ? tags : user) << std::setw(24) << c["peer"].get<std::string>() << std::setw(8) << since(c["since"]) << std::setw(6)
+              << c["channels"].get<unsigned>() << (!c["recorded"].get<bool>() ? "no" : c["enforced"].get<bool>() ? "enforced" : "yes") << "\n";
+  }
+  return 0;
+}
+
+int kill(const std::string& socket, const std::string& id, bool all, bool as_json) {
+  const auto answer = ask(socket, all ? json{{"command", "kill"}, {"all", true}} : json{{"command", "kill"}, {"connection", id}});
+  if (!answer) {
+    std::cerr << "postern: " << answer.error().doing << "\n";
+    return 1;
+  }
+  const auto killed = (*answer)["killed"].get<unsigned>();
+  if (as_json) std::cout << answer->dump() << "\n";
+  else std::cout << killed << (killed == 1 ? " connection ended\n" : " connections ended\n");
+  return killed == 0 && !all ? 1 : 0;
+}
+
+}  // namespace
+
+void add_sessions(CLI::App& app, int& exit_code) {
+  struct Options {
+    std::string socket = "/run/postern/control.sock", id;
+    bool json = false, all = false;
+  };
+  auto options = std::make_shared<Options>();
+  app.add_option("--control", options->socket, "posternd's control socket")->capture_default_str();
+  CLI::App* sessions = app.add_subcommand("sessions", "live connections");
+  sessions->require_subcommand(1);
+  CLI::App* ls = sessions->add_subcommand("ls", "who is in");
+  ls->add_flag("--json", options->json, "a JSON object a line");
+  ls->callback([options, &exit_code] { exit_code = list(options->socket, options->json); });
+  CLI::App* end = sessions->add_subcommand("kill", "end one connection with all its programs, or all of them");
+  auto* id = end->add_option("CONNECTION", options->id, "as `postern sessions ls` shows it");
+  end->add_flag("--all", options->all, "every connection")->excludes(id);
+  end->add_flag("--json", options->json, "the answer as JSON");
+  end->callback([options, &exit_code] {
+    if (!options->all && options->id.empty()) throw CLI::RequiredError("CONNECTION or --all");
+    exit_code = kill(options->socket, options->id, options->all, options->json);
+  });
+  CLI::App* status = app.add_subcommand("status", "where posternd listens, its policy and host keys (JSON)");
+  status->callback([options, &exit_code] {
+    const auto answer = ask(options->socket, {{"command", "status"}});
+    if (!answer) {
+      std::cerr << "postern: " << answer.error().doing << "\n";
+      exit_code = 1;
+      return;
+    }
+    std::cout << answer->dump(2) << "\n";
+  });
+}
+
+}  // namespace postern::cli
