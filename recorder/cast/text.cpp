@@ -35,6 +35,12 @@ constexpr Lead lead(unsigned char c) {
   return {};
 }
 
+constexpr auto leads = [] {
+  std::array<Lead, 256> table;
+  for (unsigned c = 0; c < 256; c++) table[c] = lead(static_cast<unsigned char>(c));
+  return table;
+}();
+
 /// Bytes of the longest prefix of a well-formed character, and whether it is the whole character. 0 = not even a lead byte.
 struct Prefix {
   std::size_t length = 0;
@@ -44,7 +50,8 @@ struct Prefix {
 Prefix prefix(std::string_view bytes) {
   if (bytes.empty()) return {};
   const auto at = [&](std::size_t i) { return static_cast<unsigned char>(bytes[i]); };
-  const Lead l = lead(at(0));
+  if (at(0) < 0x80) return {1, true};
+  const Lead l = leads[at(0)];
   if (l.length == 0) return {};
   std::size_t n = 1;
   for (; n < l.length && n < bytes.size(); n++) {
@@ -157,25 +164,41 @@ std::size_t append_text(std::string_view bytes, std::string& out) {
 }
 
 void append_lossy_text(std::string_view bytes, std::string& out) {
-  const std::size_t old = out.size();
-  for (const bool runs : {false, true}) {
-    std::size_t invalid = 0;
-    bool in_run = false;
-    std::string_view rest = bytes;
-    while (!rest.empty()) {
-      const std::size_t taken = append_text(rest, out);
-      rest.remove_prefix(taken);
-      if (taken > 0) in_run = false;
-      if (rest.empty()) break;
-      const std::size_t bad = std::max<std::size_t>(prefix(rest).length, 1);
-      invalid += bad;
-      rest.remove_prefix(bad);
-      if (!runs || !in_run) out += replacement;
-      in_run = true;
-    }
-    if (invalid * 8 <= bytes.size()) return;
-    if (!runs) out.resize(old);
+  std::size_t invalid = 0;
+  for (std::string_view rest = bytes; !rest.empty();) {
+    const Prefix p = prefix(rest);
+    const std::size_t n = std::max<std::size_t>(p.length, 1);
+    if (!p.whole) invalid += n;
+    rest.remove_prefix(n);
   }
+  const bool runs = invalid * 8 > bytes.size();
+
+  constexpr std::size_t size = 4096, slack = 32;
+  __attribute__((uninitialized)) char buffer[size];
+  char* to = buffer;
+  bool in_run = false;
+  for (std::string_view rest = bytes; !rest.empty();) {
+    if (to > buffer + size - slack) {
+      out.append(buffer, static_cast<std::size_t>(to - buffer));
+      to = buffer;
+    }
+    const Prefix p = prefix(rest);
+    const std::size_t n = std::max<std::size_t>(p.length, 1);
+    if (!p.whole) {
+      if (!runs || !in_run)
+        for (const char c : replacement) *to++ = c;
+      in_run = true;
+    } else {
+      in_run = false;
+      const auto c = static_cast<unsigned char>(rest[0]);
+      if (n == 1 && !plain(c))
+        append_escape(c, to);
+      else
+        for (std::size_t i = 0; i < n; i++) *to++ = rest[i];
+    }
+    rest.remove_prefix(n);
+  }
+  out.append(buffer, static_cast<std::size_t>(to - buffer));
 }
 
 void append_base64(std::string_view bytes, std::string& out) {
