@@ -56,6 +56,7 @@ SLACK = float(os.environ.get("POSTERN_SLACK", "1"))
 IS_ROOT = os.geteuid() == 0
 SEED = int(os.environ.get("POSTERN_SEED") or random.SystemRandom().randrange(2**32))
 os.environ["POSTERN_SEED"] = str(SEED)  # the xdist workers use the same one
+SANITIZER = re.compile(r"ERROR: AddressSanitizer|ERROR: LeakSanitizer|WARNING: ThreadSanitizer|runtime error: ")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
 
@@ -262,7 +263,8 @@ class Daemon:
             self.process = subprocess.Popen(
                 [str(BIN / self.program), "--config", str(self.config), "--ready-fd", str(write_end)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write_end], start_new_session=True,
-                env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", **self.env}, **extra)
+                env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                     **{k: v for k, v in os.environ.items() if k.endswith("SAN_OPTIONS")}, **self.env}, **extra)
         self.started.append(self.process)
         os.close(write_end)
         line, deadline = b"", time.monotonic() + seconds * SLACK
@@ -766,8 +768,11 @@ class Stack:
             problems.append("processes left behind:\n  " + "\n  ".join(map(str, left)))
         if self in _stacks:
             _stacks.remove(self)
+        for d in self.daemons():
+            if d.log_file.exists() and (complaint := SANITIZER.search(d.log())):
+                problems.append(f"{d.name}: {d.log()[complaint.start():][:4000]}")
         if problems:
-            raise AssertionError("\n".join(problems) + "\n--- posternd\n" + self.posternd.tail() if self.posternd.log_file.exists() else "\n".join(problems))
+            raise AssertionError("\n".join(problems) + "\n" + self.logs())
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def __enter__(self):
