@@ -58,8 +58,8 @@ struct Config {
   struct Limits {
     std::chrono::milliseconds login_grace_time{30'000};
     std::uint32_t auth_attempts = 6;
-    std::uint32_t unauthenticated_connections = 200;
-    std::uint32_t unauthenticated_connections_per_source = 20;
+    std::uint32_t unauthenticated_connections = 1000;
+    std::uint32_t unauthenticated_connections_per_source = 100;
     std::uint32_t sessions_per_connection = 10;
     std::uint32_t connections = 10'000;
     std::uint32_t warm_workers = 4;

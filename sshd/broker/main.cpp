@@ -102,6 +102,7 @@ int main(int argc, char** argv) {
   // Each connection costs four descriptors here.
   rlimit files{};
   if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
+    Zygote::set_child_file_limit(files);
     files.rlim_cur = files.rlim_max;
     ::setrlimit(RLIMIT_NOFILE, &files);
   }

@@ -22,6 +22,8 @@ namespace postern::sshd::broker {
 static_assert(sizeof(net::Forked) == sizeof(session::Forked) && sizeof(net::ForkWorker) == sizeof(session::ForkSession) &&
               sizeof(net::WorkerDied) == sizeof(session::SessionDied) && sizeof(net::ZygoteReady) == sizeof(session::ZygoteReady));
 
+std::optional<rlimit> Zygote::child_files_;
+
 Expected<Program> Program::open(const std::string& dir, const std::string& name) {
   const std::string path = dir + "/" + name;
   UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
@@ -87,7 +89,10 @@ void Zygote::launch() {
   environment.push_back(nullptr);
   pid_t pid = -1;
   // When the socket's own number is 3, adddup2 onto itself only clears close-on-exec (glibc >= 2.29), which is what we want.
+  rlimit own_files{};
+  const bool limited = child_files_ && ::getrlimit(RLIMIT_NOFILE, &own_files) == 0 && ::setrlimit(RLIMIT_NOFILE, &*child_files_) == 0;
   const int error = ::posix_spawn(&pid, path.c_str(), &actions, &attributes, argv, environment.data());
+  if (limited) ::setrlimit(RLIMIT_NOFILE, &own_files);
   ::posix_spawn_file_actions_destroy(&actions);
   ::posix_spawnattr_destroy(&attributes);
   if (error != 0) return lost(system_error("start " + program_.name, error).doing);

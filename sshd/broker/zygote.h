@@ -7,6 +7,7 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
 
+#include <sys/resource.h>
 #include <sys/types.h>
 
 #include <chrono>
@@ -15,6 +16,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -67,6 +69,9 @@ class Zygote {
 
   pid_t pid() const noexcept { return pid_; }
 
+  /// The broker raises its own RLIMIT_NOFILE; what it starts, and so the users' programs, must have the one it was started with.
+  static void set_child_file_limit(const rlimit& limit) { child_files_ = limit; }
+
  private:
   struct Waiting {
     std::uint64_t token;
@@ -78,6 +83,8 @@ class Zygote {
   void on_message(Message message);
   void pump();
   bool files_changed();
+
+  static std::optional<rlimit> child_files_;
 
   boost::asio::io_context& io_;
   const Program& program_;
