@@ -1,0 +1,1 @@
+"""What bench/ssh and bench/failover share."""
