@@ -588,6 +588,7 @@ class Stack:
         self.alice, self.open_alice, self.plain_alice, self.bob, self.stranger = host(1), host(2), host(3), host(4), host(9)
         self.server, self.rec_a, self.rec_b = host(100), host(201), host(202)
         self.recorder_port = _free_port(self.rec_a, self.rec_b)
+        self.wanted_port = _free_port(self.server)  # the same after a restart, as on a real server
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="pt-", dir="/tmp"))  # short: sun_path has 108 bytes
         self.dir.chmod(0o755)
         self.terminals: list[Terminal] = []
@@ -630,7 +631,7 @@ class Stack:
 
     def _posternd_defaults(self) -> dict:
         return {
-            "listen": {"addresses": [f"{self.server}:0"]},
+            "listen": {"addresses": [f"{self.server}:{self.wanted_port}"]},
             "policy": {"file": self.policy_file, "require_network_rule": True},
             "identity": {"provider": "static", "file": self.nodes_file},
             "host_keys": {"dir": self.dir / "host-keys"},
@@ -687,7 +688,7 @@ class Stack:
         self.policy_file.write_text(text)
         since = self.posternd.log_size()
         self.posternd.reload()
-        self.posternd.wait_log(r"event=policy_(re)?load", since)
+        self.posternd.wait_log(r"event=policy_(loaded|kept)", since)
 
     # ---- life
 
@@ -851,9 +852,13 @@ class Stack:
         uid = pwd.getpwnam(user or self.user).pw_uid
         return [p for p in processes().values() if p.uid == uid and p.state != "Z"]
 
+    def session_workers(self) -> list[Process]:
+        """postern-session processes that serve a connection: forked from the zygote, which is posternd's own child."""
+        return [p for p in descendants(os.getpid()) if p.name == "postern-session"[:15] and p.parent != self.posternd.pid and p.state != "Z"]
+
     def session_processes(self) -> list[Process]:
-        """Live postern-session processes with a connection, zygotes not counted (they are posternd's first generation)."""
-        return [p for p in descendants(os.getpid()) if p.name.startswith("postern-session")]
+        """Every live postern-session, the zygote included."""
+        return [p for p in descendants(os.getpid()) if p.name == "postern-session"[:15] and p.state != "Z"]
 
     def recordings(self, letter: str) -> list[Recording]:
         """All recordings in a recorder's folder, oldest first."""
