@@ -1,0 +1,120 @@
+#include "pty/launch.h"
+
+#include <fcntl.h>
+#include <linux/close_range.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string_view>
+
+namespace postern::pty {
+namespace {
+
+void write_all(int fd, std::string_view text) {
+  while (!text.empty()) {
+    const ssize_t n = ::write(fd, text.data(), text.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return;
+    text.remove_prefix(static_cast<std::size_t>(n));
+  }
+}
+
+[[noreturn]] void fail(const std::string& what, int status) {
+  write_all(STDERR_FILENO, "postern: " + what + "\r\n");
+  ::_exit(status);
+}
+
+void fresh_signals() {
+  struct sigaction action {};
+  action.sa_handler = SIG_DFL;
+  for (int s = 1; s < NSIG; s++) ::sigaction(s, &action, nullptr);  // KILL, STOP and libc's own refuse; fine
+  sigset_t none;
+  ::sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+}
+
+/// The broker may protect itself from the OOM killer (systemd OOMScoreAdjust); users' programs are not to inherit that.
+void reset_oom_score() {
+  const int fd = ::open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+  if (fd < 0) return;
+  char now[16] = {};
+  const ssize_t n = ::read(fd, now, sizeof now - 1);
+  if (n > 0 && now[0] == '-' && ::pwrite(fd, "0", 1, 0) < 0) {  // sshd leaves it, too, when it may not
+  }
+  ::close(fd);
+}
+
+std::string base_name(const std::string& path) {
+  const auto slash = path.rfind('/');
+  return slash == std::string::npos ? path : path.substr(slash + 1);
+}
+
+}  // namespace
+
+void run_as_user(const Launch& what) {
+  ::prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0);
+  fresh_signals();
+  if (::dup2(what.error, STDERR_FILENO) < 0 || ::dup2(what.input, STDIN_FILENO) < 0 || ::dup2(what.output, STDOUT_FILENO) < 0)
+    ::_exit(could_not_become_user);
+  if (::setsid() < 0) fail(std::string{"setsid: "} + std::strerror(errno), could_not_become_user);
+  if (what.terminal && ::ioctl(STDIN_FILENO, TIOCSCTTY, 0) != 0)
+    fail(std::string{"no controlling terminal: "} + std::strerror(errno), could_not_become_user);
+  // Into the leaf before anything of the user's runs: what is in it can be ended as one, whatever it ignores.
+  if (what.cgroup_procs >= 0 && ::write(what.cgroup_procs, "0", 1) != 1)
+    fail(std::string{"cannot enter the session's cgroup: "} + std::strerror(errno), could_not_become_user);
+  reset_oom_score();
+  if (what.before) what.before();
+  if (what.settings) what.settings->apply();
+  if (const auto became = become_user(what.user); !became) fail(became.error().doing, could_not_become_user);
+  if (::syscall(SYS_close_range, 3U, ~0U, 0U) != 0) {
+    for (int fd = 3; fd < 65536; fd++) ::close(fd);
+  }
+
+  const std::string shell = what.user.shell.empty() ? "/bin/sh" : what.user.shell;
+  // sshd's order: chdir, else its message and "/" (session.c do_child); a login shell then gets its greeting.
+  if (::chdir(what.user.home.c_str()) != 0) {
+    write_all(STDERR_FILENO, "Could not chdir to home directory " + what.user.home + ": " + std::strerror(errno) + "\n");
+    if (::chdir("/") != 0) ::_exit(could_not_execute);
+  }
+  if (!what.command && what.terminal && !what.greeting.empty()) {
+    struct stat st {};
+    if (::stat((what.user.home + "/.hushlogin").c_str(), &st) != 0) write_all(STDOUT_FILENO, what.greeting);
+  }
+
+  std::vector<char*> environment;
+  environment.reserve(what.environment.size() + 1);
+  for (const auto& e : what.environment) environment.push_back(const_cast<char*>(e.c_str()));
+  environment.push_back(nullptr);
+  std::string name = (what.command ? "" : "-") + base_name(shell);
+  std::vector<char*> arguments{name.data()};
+  static char dash_c[] = "-c";
+  if (what.command) {
+    arguments.push_back(dash_c);
+    arguments.push_back(const_cast<char*>(what.command->c_str()));
+  }
+  arguments.push_back(nullptr);
+  ::execve(shell.c_str(), arguments.data(), environment.data());
+  write_all(STDERR_FILENO, shell + ": " + std::strerror(errno) + "\n");
+  ::_exit(could_not_execute);
+}
+
+Expected<pid_t> launch(const Launch& what) {
+  // All signals blocked across fork: none may run a handler of ours in the child before it has fresh ones.
+  sigset_t all, before;
+  ::sigfillset(&all);
+  ::sigprocmask(SIG_BLOCK, &all, &before);
+  const pid_t pid = ::fork();
+  if (pid == 0) run_as_user(what);
+  const int e = errno;
+  ::sigprocmask(SIG_SETMASK, &before, nullptr);
+  if (pid < 0) return Unexpected{system_error("fork a program", e)};
+  return pid;
+}
+
+}  // namespace postern::pty

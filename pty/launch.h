@@ -1,0 +1,38 @@
+#pragma once
+
+#include "base/expected.h"
+#include "pty/become_user.h"
+#include "pty/process_settings.h"
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace postern::pty {
+
+/// A program to start as a user, the way sshd of OpenSSH 9.2 does it (session.c do_child).
+struct Launch {
+  LocalUser user;
+  std::vector<std::string> environment;  ///< "NAME=value": all of it, nothing is inherited
+  std::optional<std::string> command;    ///< `shell -c command`; nothing: a login shell, argv[0] = "-bash"
+  int input = -1, output = -1, error = -1;
+  bool terminal = false;                 ///< `input` is a pseudo-terminal's follower: it becomes the controlling terminal
+  std::string greeting;                  ///< for a login shell on a terminal; shown unless ~/.hushlogin is there
+  std::optional<ProcessSettings> settings;
+  std::function<void()> before;          ///< runs in the child before it becomes the user (login records: who(1) in .profile sees itself)
+  int cgroup_procs = -1;                 ///< open cgroup.procs of the leaf that the program is to live in
+};
+
+/// Exit status of a child that could not become the user (nothing ran), and of one whose shell could not be executed (sshd: 1).
+inline constexpr int could_not_become_user = 255;
+inline constexpr int could_not_execute = 1;
+
+/// Forks; the child never returns. The descriptors stay the caller's.
+Expected<pid_t> launch(const Launch& what);
+
+/// What the child does between fork and exec: fresh signals, own session, terminal, limits, the user, nothing open but 0, 1, 2, exec.
+/// Anything that fails is a line on its stderr and an exit; a shell with wrong ids is never run.
+[[noreturn]] void run_as_user(const Launch& what);
+
+}  // namespace postern::pty

@@ -1,0 +1,132 @@
+#pragma once
+
+#include "base/poller.h"
+#include "pty/launch.h"
+#include "pty/pty.h"
+#include "sshd/protocol/channel.h"
+#include "sshd/protocol/facts.h"
+#include "sshd/session/environment.h"
+#include "sshd/session/tee.h"
+#include "sshd/session/tree.h"
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace postern::sshd::session {
+
+/// Exit status of a session that had to be recorded and could not be (STYLE.md "Errors").
+inline constexpr int recording_required = 254;
+/// Pipes between a program and net: few wake-ups for bulk. Above fs.pipe-max-size root still may (CAP_SYS_RESOURCE).
+inline constexpr int pipe_size = 1024 * 1024;
+
+/// What a channel needs of its connection.
+struct ChannelHost {
+  Poller& poller;
+  const ConnectionFacts& facts;
+  const pty::LocalUser& user;
+  const std::vector<std::string>& pam_environment;
+  const std::optional<pty::ProcessSettings>& settings;  ///< as PAM left them for the user
+  const std::string& pam_texts;
+  ProcessTree& tree;
+
+  std::function<void(channel::Type, std::span<const std::byte>, std::vector<UniqueFd>)> to_net;
+  std::function<void(const std::string& name, const std::string& fields)> event;
+  std::function<void()> recorder_lost;  ///< fail closed: every session of the connection is to end
+  std::function<void()> changed;        ///< something finished: look at finished() later, outside of any handler
+};
+
+/// One SSH session channel: what was asked for it, its program, its descriptors or its tee.
+///
+/// Requests come from net, which parses strangers' bytes: what is only odd is refused with answer_no; what a sound net never sends
+/// (see Verdict::violation) ends the connection.
+class SessionChannel {
+ public:
+  SessionChannel(ChannelHost& host, std::uint32_t number);
+  ~SessionChannel();
+  SessionChannel(const SessionChannel&) = delete;
+  SessionChannel& operator=(const SessionChannel&) = delete;
+
+  bool pty(const channel::Pty& request);
+  bool env(std::string_view name, std::string_view value);
+  /// Answers by itself: `started`, or answer_no.
+  void start(channel::StartKind kind, std::string_view text);
+  void window_change(const channel::WindowChange& request);
+  void signal(std::string_view name);
+  bool send_break();
+  /// The client closed the channel, or is gone: hang up.
+  void closed();
+  /// Fail closed, nobody records: one line for the user; the program is killed by the caller, its status will be 254.
+  void lose_recorder(std::string_view line);
+
+  void child_exited(int wait_status);
+  pid_t pid() const noexcept { return pid_; }  ///< 0: none (yet, or any more)
+  bool is_closed() const noexcept { return closed_; }
+  /// Nothing of it is left: closed, program reaped or left, recording ended.
+  bool finished() const;
+  /// Stops waiting for the program: it goes on alone.
+  void abandon();
+  /// The program of a channel that is going away may end its recording now.
+  bool recording_pending() const { return tee_ && !tee_->is_ended(); }
+
+ private:
+  enum class State { opened, waiting, running, refused, exited };
+
+  void answer(bool ok);
+  void begin_recording(channel::StartKind kind, std::string_view text);
+  void spawn();
+  void refuse_unrecorded();
+  bool make_descriptors(pty::Launch& launch, std::vector<UniqueFd>& theirs, std::vector<UniqueFd>& to_net, channel::Started& started);
+  void start_pumps();
+  void read_program(int fd, char stream);
+  void pump_input();
+  void write_input();
+  void stop_reading(char stream);
+  void on_progress();
+  void try_report_exit();
+  void report_exit();
+  void end_recording();
+  void log_out();
+  void close_terminal();
+  std::string exit_text() const;
+
+  ChannelHost& host_;
+  const std::uint32_t number_;
+  State state_ = State::opened;
+  bool closed_ = false;
+
+  // What was asked for.
+  std::optional<pty::Terminal> terminal_;
+  pty::Window window_;
+  std::string term_;
+  Variables environment_;
+  std::size_t env_count_ = 0;
+  channel::StartKind kind_ = channel::StartKind::shell;
+  std::optional<std::string> command_;
+
+  // The program.
+  pid_t pid_ = 0;
+  pid_t first_pid_ = 0;
+  bool logged_in_ = false;
+  bool reaped_ = false, reported_ = false, abandoned_ = false;
+  int wait_status_ = 0;
+  bool forced_status_ = false;
+
+  // Recorded sessions only: our ends of the program's descriptors.
+  std::unique_ptr<Tee> tee_;
+  UniqueFd from_output_, from_error_;  // pipes; a terminal is read at terminal_->leader
+  UniqueFd input_from_net_;            // terminal only
+  std::string input_;                  // read from net, not taken by the terminal yet
+  bool output_over_ = false, error_over_ = true;
+  bool output_waits_ = false, error_waits_ = false;  // stopped for want of room
+};
+
+/// RFC 4254 section 6.10: "TERM" <-> SIGTERM. 0 and "SIG@openssh.com" for what it does not name (sshd's own name).
+int signal_number(std::string_view name);
+std::string_view signal_name(int signal);
+
+}  // namespace postern::sshd::session

@@ -1,0 +1,57 @@
+#include "sshd/session/outbox.h"
+
+#include <cerrno>
+
+namespace postern::sshd::session {
+
+void Outbox::open(UniqueFd socket) {
+  close();
+  socket_ = std::move(socket);
+  poller_.watch(socket_.get(), POLLIN, [this](short events) {
+    if ((events & POLLOUT) != 0) flush();
+    if (is_open() && !blocked() && (events & (POLLIN | POLLHUP | POLLERR)) != 0)
+      readable_();
+    else if (is_open() && blocked() && (events & (POLLHUP | POLLERR)) != 0) {
+      waiting_.clear();  // nobody will read it
+      readable_();
+    }
+  });
+}
+
+void Outbox::close() {
+  if (!socket_) return;
+  poller_.forget(socket_.get());
+  socket_.reset();
+  waiting_.clear();
+}
+
+void Outbox::arm() {
+  if (!socket_) return;
+  if (blocked())
+    poller_.set_events(socket_.get(), POLLOUT);
+  else
+    poller_.set_events(socket_.get(), POLLIN);
+}
+
+bool Outbox::try_send(const Waiting& w) {
+  std::vector<int> fds;
+  for (const auto& fd : w.fds) fds.push_back(fd.get());
+  const auto sent = send_message(socket_.get(), w.version, w.type, w.body, {}, fds);
+  // Other errors (the peer is gone) show up as its end of file; nothing is gained by keeping the message.
+  return sent || (sent.error().code != EAGAIN && sent.error().code != ENOBUFS && sent.error().code != ETOOMANYREFS);
+}
+
+void Outbox::post(std::uint16_t protocol, std::uint16_t type, std::span<const std::byte> body, std::vector<UniqueFd> fds) {
+  if (!socket_) return;
+  Waiting w{protocol, type, {body.begin(), body.end()}, std::move(fds)};
+  if (waiting_.empty() && try_send(w)) return;
+  waiting_.push_back(std::move(w));
+  arm();
+}
+
+void Outbox::flush() {
+  while (!waiting_.empty() && try_send(waiting_.front())) waiting_.pop_front();
+  arm();
+}
+
+}  // namespace postern::sshd::session

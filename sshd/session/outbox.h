@@ -1,0 +1,54 @@
+#pragma once
+
+#include "base/poller.h"
+#include "base/seqpacket.h"
+#include "base/unique_fd.h"
+
+#include <deque>
+#include <functional>
+#include <span>
+#include <vector>
+
+namespace postern::sshd::session {
+
+/// Our end of one local message socket: what cannot be sent at once waits here, in order, with its descriptors. While something
+/// waits the peer's requests are not read, so that one that asks and never listens cannot make us grow.
+class Outbox {
+ public:
+  /// `readable` runs when there is something to receive or the peer is gone.
+  Outbox(Poller& poller, std::function<void()> readable) : poller_{poller}, readable_{std::move(readable)} {}
+  ~Outbox() { close(); }
+  Outbox(const Outbox&) = delete;
+  Outbox& operator=(const Outbox&) = delete;
+
+  void open(UniqueFd socket);
+  void close();
+  bool is_open() const noexcept { return static_cast<bool>(socket_); }
+  int fd() const noexcept { return socket_.get(); }
+  bool blocked() const noexcept { return !waiting_.empty(); }
+
+  template <class Body>
+  void send(std::uint16_t protocol, std::uint16_t type, const Body& body, std::vector<UniqueFd> fds = {}) {
+    post(protocol, type, std::as_bytes(std::span{&body, 1}), std::move(fds));
+  }
+  void post(std::uint16_t protocol, std::uint16_t type, std::span<const std::byte> body, std::vector<UniqueFd> fds);
+  /// Sends what waits, as far as it goes.
+  void flush();
+
+ private:
+  struct Waiting {
+    std::uint16_t version;
+    std::uint16_t type;
+    std::vector<std::byte> body;
+    std::vector<UniqueFd> fds;
+  };
+  bool try_send(const Waiting& w);
+  void arm();
+
+  Poller& poller_;
+  std::function<void()> readable_;
+  UniqueFd socket_;
+  std::deque<Waiting> waiting_;
+};
+
+}  // namespace postern::sshd::session

@@ -1,0 +1,188 @@
+#include "sshd/session/tree.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <fstream>
+#include <map>
+#include <sstream>
+
+namespace postern::sshd::session {
+namespace {
+
+/// Folder of this process's own cgroup v2, or empty. The mount is found by mountinfo: hybrid hosts have it at
+/// /sys/fs/cgroup/unified (cgroups(7), proc(5)).
+std::string own_cgroup() {
+  std::ifstream mounts{"/proc/self/mountinfo"};
+  std::string line, mount, root;
+  while (std::getline(mounts, line)) {
+    const auto dash = line.find(" - ");
+    if (dash == std::string::npos || !std::string_view{line}.substr(dash + 3).starts_with("cgroup2 ")) continue;
+    std::istringstream words{line};
+    std::string id, parent, device;
+    words >> id >> parent >> device >> root >> mount;
+    break;
+  }
+  if (mount.empty()) return {};
+  std::ifstream own{"/proc/self/cgroup"};
+  while (std::getline(own, line)) {
+    if (!line.starts_with("0::")) continue;
+    std::string path = line.substr(3);
+    if (root.size() > 1) {  // a part of the hierarchy is mounted
+      if (!path.starts_with(root)) return {};
+      path.erase(0, root.size());
+    }
+    if (path.find("/..") != std::string::npos) return {};  // outside of what our cgroup namespace shows
+    while (!path.empty() && path.back() == '/') path.pop_back();
+    return mount + path;
+  }
+  return {};
+}
+
+bool write_to(const std::string& path, std::string_view text) {
+  UniqueFd fd{::open(path.c_str(), O_WRONLY | O_CLOEXEC)};
+  return fd && ::write(fd.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
+}
+
+std::vector<pid_t> read_pids(const std::string& path) {
+  std::ifstream in{path};
+  std::vector<pid_t> pids;
+  for (pid_t p; in >> p;) pids.push_back(p);
+  return pids;
+}
+
+/// All living descendants of this process, by /proc.
+std::vector<pid_t> descendants() {
+  std::map<pid_t, std::vector<pid_t>> children;
+  DIR* proc = ::opendir("/proc");
+  if (proc == nullptr) return {};
+  while (const dirent* e = ::readdir(proc)) {
+    pid_t pid = 0;
+    const std::string_view name{e->d_name};
+    if (std::from_chars(name.data(), name.data() + name.size(), pid).ptr != name.data() + name.size() || pid <= 0) continue;
+    std::ifstream stat{"/proc/" + std::string{name} + "/stat"};
+    std::string text{std::istreambuf_iterator<char>{stat}, {}};
+    const auto close = text.rfind(')');  // the command may hold anything, blanks and brackets too
+    if (close == std::string::npos) continue;
+    std::istringstream rest{text.substr(close + 1)};
+    char state = 0;
+    pid_t parent = 0;
+    if (!(rest >> state >> parent) || state == 'Z' || state == 'X') continue;
+    children[parent].push_back(pid);
+  }
+  ::closedir(proc);
+  std::vector<pid_t> found, todo{::getpid()};
+  while (!todo.empty()) {
+    const pid_t p = todo.back();
+    todo.pop_back();
+    for (const pid_t c : children[p]) {
+      found.push_back(c);
+      todo.push_back(c);
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
+ProcessTree::ProcessTree(std::string id, bool as_root) {
+  if (as_root) before_ = own_cgroup();
+  if (!before_.empty()) {
+    base_ = before_ + "/postern";
+    leaf_ = base_ + "/" + id;
+    if (make_leaf()) return;
+    leaf_.clear();
+  }
+  ::prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+}
+
+ProcessTree::~ProcessTree() { let_go(); }
+
+bool ProcessTree::make_leaf() {
+  if (::mkdir(base_.c_str(), 0755) != 0 && errno != EEXIST) return false;
+  if (::mkdir(leaf_.c_str(), 0755) != 0 && errno != EEXIST) return false;
+  made_ = true;
+  return ::access((leaf_ + "/cgroup.procs").c_str(), W_OK) == 0;
+}
+
+void ProcessTree::adopt_scope() {
+  if (before_.empty()) return;
+  const std::string now = own_cgroup();
+  if (now.empty() || now == before_) return;
+  if (made_) ::rmdir(leaf_.c_str());
+  made_ = false;
+  leaf_ = now;
+  scope_ = true;
+}
+
+UniqueFd ProcessTree::entrance() {
+  if (leaf_.empty() || scope_) return {};  // in the scope: children are born there
+  UniqueFd fd{::open((leaf_ + "/cgroup.procs").c_str(), O_WRONLY | O_CLOEXEC)};
+  // A zygote that started meanwhile may have swept the empty leaf.
+  if (!fd && errno == ENOENT && make_leaf()) fd.reset(::open((leaf_ + "/cgroup.procs").c_str(), O_WRONLY | O_CLOEXEC));
+  return fd;
+}
+
+std::vector<pid_t> ProcessTree::members() {
+  std::vector<pid_t> pids = leaf_.empty() ? descendants() : read_pids(leaf_ + "/cgroup.procs");
+  std::erase(pids, ::getpid());
+  return pids;
+}
+
+void ProcessTree::signal_all(int signal) {
+  for (const pid_t p : members()) ::kill(p, signal);
+}
+
+void ProcessTree::leave_scope() {
+  if (scope_) write_to(before_ + "/cgroup.procs", "0");
+}
+
+void ProcessTree::kill_all() {
+  leave_scope();
+  if (!leaf_.empty() && write_to(leaf_ + "/cgroup.kill", "1")) return;
+  // No cgroup.kill (before Linux 5.14) or no cgroup: again and again, because members fork. SIGSTOP first, so that a fork bomb holds still.
+  for (int round = 0; round < 100; round++) {
+    const auto pids = members();
+    if (pids.empty()) return;
+    for (const pid_t p : pids) ::kill(p, SIGSTOP);
+    for (const pid_t p : pids) ::kill(p, SIGKILL);
+    if (round > 2) ::usleep(1'000);
+  }
+}
+
+bool ProcessTree::empty() { return members().empty(); }
+
+void ProcessTree::let_go() {
+  if (leaf_.empty() || scope_ || !made_) return;
+  made_ = false;
+  for (int i = 0; i < 20; i++) {
+    if (::rmdir(leaf_.c_str()) == 0 || errno == ENOENT) return;
+    // Programs that outlive their connection (screen, nohup) go on in one common place, so that leaves do not pile up.
+    const std::string left = base_ + "/left-behind";
+    ::mkdir(left.c_str(), 0755);
+    for (const pid_t p : read_pids(leaf_ + "/cgroup.procs")) write_to(left + "/cgroup.procs", std::to_string(p));
+    ::usleep(2'000);  // the killed ones are being torn down
+  }
+}
+
+void ProcessTree::sweep() {
+  const std::string own = own_cgroup();
+  if (own.empty()) return;
+  const std::string base = own + "/postern";
+  DIR* folder = ::opendir(base.c_str());
+  if (folder == nullptr) return;
+  while (const dirent* e = ::readdir(folder)) {
+    const std::string name{e->d_name};
+    if (name.size() == 26) ::rmdir((base + "/" + name).c_str());  // fails for those in use
+  }
+  ::closedir(folder);
+}
+
+}  // namespace postern::sshd::session

@@ -1,0 +1,54 @@
+#pragma once
+
+#include "base/unique_fd.h"
+
+#include <sys/types.h>
+
+#include <string>
+#include <vector>
+
+namespace postern::sshd::session {
+
+/// All processes that a connection's programs started, also those that left their session and ignore SIGHUP (setsid, nohup): what ends
+/// when access is revoked or a required recorder is gone.
+///
+/// In a cgroup v2 leaf of their own, or in the scope that logind made for them (pam_systemd), where the kernel keeps count and kills
+/// them as one (cgroup.kill, Linux 5.14). Elsewhere - an ordinary user, a read-only cgroup file system - by being their subreaper and
+/// walking until nobody is left. What runs by order of another service (systemd-run, at, docker) is in neither: TRUST.md.
+class ProcessTree {
+ public:
+  /// `id` names the leaf.
+  ProcessTree(std::string id, bool as_root);
+  ~ProcessTree();
+  ProcessTree(const ProcessTree&) = delete;
+  ProcessTree& operator=(const ProcessTree&) = delete;
+
+  /// Call after pam_open_session(3): when this process was moved into a scope, that scope is the tree.
+  void adopt_scope();
+  /// cgroup.procs of the leaf, for pty::Launch; made at the first call. Empty: there is no cgroup, the subreaper does it.
+  UniqueFd entrance();
+
+  void signal_all(int signal);
+  void kill_all();
+  bool empty();
+  /// Leaves what still runs to itself (as sshd does at a normal end) and removes the leaf.
+  void let_go();
+
+  const char* kind() const noexcept { return leaf_.empty() ? "subreaper" : scope_ ? "scope" : "leaf"; }
+
+  /// Removes leaves whose session died without let_go(). For the zygote, at its start.
+  static void sweep();
+
+ private:
+  std::vector<pid_t> members();
+  bool make_leaf();
+  void leave_scope();
+
+  std::string base_;    // ".../postern"
+  std::string leaf_;    // ".../postern/<id>", or logind's scope
+  std::string before_;  // own cgroup before PAM
+  bool scope_ = false;
+  bool made_ = false;
+};
+
+}  // namespace postern::sshd::session
