@@ -647,6 +647,7 @@ class Stack:
     def _relay_defaults(self) -> dict:
         return {
             "sessions": {"socket": self.dir / "relay/relay.sock"},
+            "control": {"socket": self.dir / "relay/control.sock"},
             "journal": {"dir": self.dir / "relay/journal"},
             "dial": {"source": self.server},
             "log": {"level": "debug"},

@@ -60,8 +60,8 @@ def normal(key: str, value: str, stack, port: int) -> str:
 WAYS = ["command", "command with a terminal", "login shell", "login shell without a terminal"]
 
 
-def facts(way: str, command_of, stack, home, tag: str, env: dict) -> dict[str, str]:
-    full_env = stack.client_env({"POSTERN_TEST_MARK": "a b", "LANG": "C.UTF-8", **env})
+def facts(way: str, command_of, stack, home) -> dict[str, str]:
+    full_env = stack.client_env({"POSTERN_TEST_MARK": "a b", "LANG": "C.UTF-8"})
     send = ["SendEnv=POSTERN_TEST_*", "SendEnv=LANG", "LogLevel=ERROR"]
     if way.startswith("command"):
         # As somebody types it: the shell's -c gets the text.
@@ -74,7 +74,7 @@ def facts(way: str, command_of, stack, home, tag: str, env: dict) -> dict[str, s
         with Terminal(line, rows=24, cols=80, env=full_env) as t:
             assert t.wait() == 0, t.screen
             return parse(t.screen.decode())
-    file = home / f"facts-{tag}"
+    file = home / "facts"
     full_env["POSTERN_TEST_FACTS"] = str(file)
     line = command_of(None, tty=way == "login shell", options=send)
     if way == "login shell":
@@ -93,8 +93,8 @@ def facts(way: str, command_of, stack, home, tag: str, env: dict) -> dict[str, s
 
 def compare(way, both):
     stack, sshd, home = both
-    theirs = facts(way, lambda c, **kw: sshd.command(c, bind=stack.plain_alice, **kw), stack, home, "sshd", {})
-    ours = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.plain_alice, **kw), stack, home, "postern", {})
+    theirs = facts(way, lambda c, **kw: sshd.command(c, bind=stack.plain_alice, **kw), stack, home)
+    ours = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.plain_alice, **kw), stack, home)
     assert len(theirs) > 40, theirs
     return {key: (a, b) for key in sorted(theirs.keys() | ours.keys())
             if (a := normal(key, theirs.get(key, "(absent)"), stack, sshd.port)) != (b := normal(key, ours.get(key, "(absent)"), stack, stack.port))}
@@ -114,8 +114,8 @@ def test_a_program_finds_what_sshd_gives_it_except_for_the_listed_differences(bo
 def test_a_recorded_program_finds_the_same_as_an_unrecorded_one(both, way):
     """Only the kind of its stdin, stdout and stderr may differ without a terminal."""
     stack, _, home = both
-    plain = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.plain_alice, **kw), stack, home, "plain", {})
-    recorded = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.alice, **kw), stack, home, "recorded", {})
+    plain = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.plain_alice, **kw), stack, home)
+    recorded = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.alice, **kw), stack, home)
     for f, address in ((plain, stack.plain_alice), (recorded, stack.alice)):
         for key in ("env:SSH_CLIENT", "env:SSH_CONNECTION"):
             f[key] = normal(key, f[key], stack, stack.port).replace(address, "CLIENT")
