@@ -1,0 +1,571 @@
+#include "sshd/net/connection.h"
+
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+namespace postern::sshd::net {
+namespace {
+
+constexpr std::string_view all_methods = "publickey,password,keyboard-interactive";
+
+std::uint16_t wire(Type type) { return static_cast<std::uint16_t>(type); }
+std::uint16_t wire(channel::Type type) { return static_cast<std::uint16_t>(type); }
+
+/// Cut to what fits, so that set() cannot fail.
+template <std::size_t N>
+void set_cut(FixedText<N>& field, std::string_view text) {
+  static_cast<void>(field.set(text.substr(0, N)));
+}
+
+bool is_signal_name(std::string_view name) {
+  return !name.empty() && name.size() <= 16 && std::all_of(name.begin(), name.end(), [](char c) {
+           return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '@' || c == '.' || c == '-';
+         });
+}
+
+}  // namespace
+
+Connection::Connection(ext::Server& server, UniqueFd socket, Link broker, const Serve& settings)
+    : server_{server}, socket_{std::move(socket)}, client_fd_{socket_.get()}, settings_{settings}, link_{std::move(broker)} {
+  ext::set_signer(this);
+}
+
+Connection::~Connection() {
+  ext::set_signer(nullptr);
+  for (const auto message : auth_requests_)
+    if (message != nullptr) ssh_message_free(message);
+  channels_.clear();
+  if (event_ != nullptr) ssh_event_free(event_);
+  if (session_ != nullptr) ssh_free(session_);
+}
+
+void Connection::quick_ack() {
+  // Without both, a login takes 138 ms instead of 12 (Nagle and the peer's delayed ACK; libssh.md section 3.3). Linux forgets
+  // TCP_QUICKACK by itself (tcp(7)), so it is set again after each read until the first command runs.
+  const int on = 1;
+  ::setsockopt(client_fd_, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
+}
+
+void Connection::run() {
+  ::fcntl(client_fd_, F_SETFL, ::fcntl(client_fd_, F_GETFL) | O_NONBLOCK);
+  const int on = 1;
+  ::setsockopt(client_fd_, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  quick_ack();
+
+  auto session = server_.accept(client_fd_);
+  if (!session) {
+    note(session.error().doing);
+    return;
+  }
+  socket_.release();  // libssh's
+  session_ = *session;
+  ext::observe_packets(session_, *this);
+  event_ = ssh_event_new();
+  // Sends our version line; the rest of the key exchange runs by events (a blocking one costs 43 ms, libssh-0.12.md section 6).
+  if (event_ == nullptr || ssh_handle_key_exchange(session_) == SSH_ERROR || ssh_event_add_session(event_, session_) != SSH_OK) return;
+
+  grace_timer_ = poller_.after(std::chrono::milliseconds{settings_.login_grace_ms}, [this] {
+    note("login grace time is over");
+    disconnect(ext::DisconnectReason::by_application, "The login took too long.");
+  });
+  poller_.watch(client_fd_, POLLIN, [this](short) { on_client_socket(); });
+  poller_.watch(link_->fd(), POLLIN, [this](short) { link_ready_ = true; });
+  turn();
+  while (!done_) {
+    poller_.run_once();
+    if (!done_) turn();
+  }
+}
+
+bool Connection::client_gone() const { return (ssh_get_status(session_) & (SSH_CLOSED | SSH_CLOSED_ERROR)) != 0; }
+
+void Connection::on_client_socket() {
+  const int rc = ssh_event_dopoll(event_, 0);
+  if (!command_started_) quick_ack();
+  if (rc != SSH_ERROR && !client_gone()) return;
+  if (!authenticated_) note(ssh_get_error(session_));
+  done_ = true;
+}
+
+void Connection::turn() {
+  collect_messages();
+  handle_auth_requests();
+  handle_link();
+  handle_auth_requests();  // a verdict may have come
+  serve_channels();
+  if (done_) return;
+  if (client_gone()) {
+    done_ = true;
+    return;
+  }
+  update_watches();
+}
+
+void Connection::update_watches() {
+  link_->flush();
+  // While the session (or the broker) lets our messages lie, the client waits, too.
+  const bool read = !link_->wants_to_write();
+  const bool write = (ssh_get_status(session_) & SSH_WRITE_PENDING) != 0;
+  const short events = static_cast<short>((read ? POLLIN : 0) | (write ? POLLOUT : 0));
+  if (events != 0)
+    poller_.set_events(client_fd_, events);
+  else
+    poller_.disable(client_fd_);
+  if (link_->gone())
+    poller_.disable(link_->fd());
+  else
+    poller_.set_events(link_->fd(), static_cast<short>(POLLIN | (link_->wants_to_write() ? POLLOUT : 0)));
+}
+
+// ---------------------------------------------------------------- authentication
+
+void Connection::on_auth_request(bool acceptable) {
+  auth_seen_++;
+  if (!acceptable) bad_user_name_ = true;
+}
+
+void Connection::collect_messages() {
+  while (ssh_message message = ssh_message_get(session_)) {
+    switch (ssh_message_type(message)) {
+      case SSH_REQUEST_AUTH:
+        // An INFO_RESPONSE arrives as one as well, though no USERAUTH_REQUEST was seen.
+        if (ssh_message_auth_kbdint_is_response(message) == 0) auth_got_++;
+        auth_requests_.push_back(message);
+        break;
+      case SSH_REQUEST_SERVICE:
+        handle_service(message);
+        ssh_message_free(message);
+        break;
+      default:  // tcpip-forward and its like: REQUEST_FAILURE
+        ssh_message_reply_default(message);
+        ssh_message_free(message);
+        break;
+    }
+    if (done_) return;
+  }
+  // libssh drops a request whose key it cannot parse, or whose signature is wrong, without any reply; the client would wait for ever
+  // (research/libssh.md pitfall 5).
+  for (; auth_got_ < auth_seen_; auth_got_++) auth_requests_.push_back(nullptr);
+  if (auth_requests_.size() > max_waiting_auth_requests) {
+    note("too many authentication requests at once");
+    disconnect(ext::DisconnectReason::protocol_error, "Too many authentication requests.");
+  }
+}
+
+void Connection::handle_service(ssh_message message) {
+  const char* const name = ssh_message_service_service(message);
+  if (name != nullptr && std::string_view{name} == "ssh-userauth")
+    ssh_message_service_reply_success(message);
+  else
+    disconnect(ext::DisconnectReason::service_not_available, "This service is not available.");
+}
+
+void Connection::handle_auth_requests() {
+  if (bad_user_name_ && !authenticated_ && !done_) {
+    note("a user name that is none");
+    disconnect(ext::DisconnectReason::illegal_user_name, "This is not a user name.");
+  }
+  while (!done_ && !auth_requests_.empty() && login_ != Login::asked) {
+    const AuthMessage message = auth_requests_.front();
+    if (authenticated_) {  // RFC 4252 section 5.1: silently ignored
+      auth_requests_.pop_front();
+      if (message != nullptr) ssh_message_free(message);
+      continue;
+    }
+    const bool response = message != nullptr && ssh_message_auth_kbdint_is_response(message) != 0;
+    const int method = message != nullptr ? ssh_message_subtype(message) : SSH_AUTH_METHOD_UNKNOWN;
+    const bool known = method == SSH_AUTH_METHOD_NONE || method == SSH_AUTH_METHOD_PASSWORD || method == SSH_AUTH_METHOD_PUBLICKEY ||
+                       method == SSH_AUTH_METHOD_INTERACTIVE;
+    if (known && !response) {
+      const char* const name = ssh_message_auth_user(message);
+      const std::string user = name != nullptr ? name : "";
+      if (user_.empty()) user_ = user;
+      if (user.empty() || user != user_) {
+        note("the user name changed");
+        disconnect(ext::DisconnectReason::protocol_error, "The user name may not change.");
+        return;
+      }
+      if (login_ == Login::open) {
+        AskLogin ask;
+        ask.method = method == SSH_AUTH_METHOD_NONE        ? Method::none
+                     : method == SSH_AUTH_METHOD_PASSWORD  ? Method::password
+                     : method == SSH_AUTH_METHOD_PUBLICKEY ? Method::publickey
+                                                           : Method::keyboard_interactive;
+        set_cut(ask.ssh_user, user_);
+        const char* const client = ssh_get_clientbanner(session_);
+        set_cut(ask.client_version, client != nullptr ? client : "");
+        link_->send(wire(Type::ask_login), ask);
+        login_ = Login::asked;
+        return;  // the request stays in front until the verdict
+      }
+    }
+    auth_requests_.pop_front();
+    if (login_ == Login::denied)
+      ext::send_auth_failure(session_, "");
+    else if (!known || response)
+      fail_auth();
+    else
+      answer_accepted(message);
+    if (message != nullptr) ssh_message_free(message);
+  }
+}
+
+void Connection::fail_auth() {
+  if (++auth_failures_ >= settings_.max_auth_attempts) {
+    note("too many authentication failures");
+    disconnect(ext::DisconnectReason::protocol_error, "Too many authentication failures");
+    return;
+  }
+  ext::send_auth_failure(session_, std::string{all_methods});
+}
+
+void Connection::answer_accepted(AuthMessage message) {
+  if (ssh_message_subtype(message) == SSH_AUTH_METHOD_PUBLICKEY) {
+    // Any key will do, the network has vouched for the peer; but the client must hold it: libssh has verified the signature.
+    switch (ssh_message_auth_publickey_state(message)) {
+      case SSH_PUBLICKEY_STATE_NONE: ssh_message_auth_reply_pk_ok_simple(message); return;
+      case SSH_PUBLICKEY_STATE_VALID: break;
+      default: fail_auth(); return;
+    }
+  }
+  ssh_message_auth_reply_success(message, 0);
+  authenticated();
+}
+
+void Connection::authenticated() {
+  authenticated_ = true;
+  poller_.cancel(grace_timer_);
+}
+
+void Connection::on_verdict(Message message) {
+  const auto verdict = message.body<Verdict>();
+  const bool accepted = verdict && verdict->accepted != 0;
+  if (!verdict || !verdict->text.valid() || login_ != Login::asked || message.fds.size() != (accepted ? 1u : 0u)) {
+    done_ = true;
+    return;
+  }
+  std::string text{verdict->text.get()};
+  if (!text.empty()) {
+    if (text.back() != '\n') text += '\n';
+    ssh_string banner = ssh_string_from_char(text.c_str());
+    ssh_send_issue_banner(session_, banner);
+    ssh_string_free(banner);
+  }
+  if (accepted) {
+    login_ = Login::accepted;
+    poller_.forget(link_->fd());
+    // A session's messages to us are small; its Started carries descriptors.
+    link_.emplace(std::move(message.fds.front()), channel::version, 4096);
+    poller_.watch(link_->fd(), POLLIN, [this](short) { link_ready_ = true; });
+    link_ready_ = true;
+    return;
+  }
+  // "Nothing can continue": the client shows the banner and leaves by itself. If it stays, it is told to.
+  login_ = Login::denied;
+  poller_.cancel(grace_timer_);
+  grace_timer_ = poller_.after(denied_linger, [this, text] {
+    disconnect(ext::DisconnectReason::no_more_auth_methods, text.empty() ? "Access denied." : text.substr(0, text.size() - 1));
+  });
+}
+
+std::string Connection::sign(std::size_t key, Digest digest, std::string_view hash) {
+  AskSign ask;
+  ask.key = static_cast<std::uint32_t>(key);
+  ask.digest = digest;
+  if (!ask.data.set(hash)) return {};
+  const bool with_session = login_ == Login::accepted;
+  link_->send(with_session ? wire(channel::Type::ask_sign) : wire(Type::ask_sign), ask);
+  auto answer = link_->wait_for(with_session ? wire(channel::Type::signature) : wire(Type::signature), sign_limit);
+  const auto signature = answer ? answer->body<Signature>() : std::nullopt;
+  return signature && signature->blob.valid() ? std::string{signature->blob.get()} : std::string{};
+}
+
+// ---------------------------------------------------------------- the broker, then the session
+
+void Connection::handle_link() {
+  if (done_ || (!link_ready_ && !link_->has_queued_messages())) return;
+  link_ready_ = false;
+  while (!done_) {
+    auto message = link_->next();
+    if (!message) break;
+    if (login_ == Login::accepted)
+      on_session_message(std::move(*message));
+    else
+      on_broker_message(std::move(*message));
+  }
+  if (done_ || !link_->gone()) return;
+  if (login_ == Login::accepted)
+    disconnect(ext::DisconnectReason::by_application, "The session ended.");
+  else if (login_ != Login::denied)  // after a denial the broker has said all it had to say
+    disconnect(ext::DisconnectReason::by_application, "The server is shutting down.");
+}
+
+void Connection::on_broker_message(Message message) {
+  switch (static_cast<Type>(message.type)) {
+    case Type::verdict: on_verdict(std::move(message)); break;
+    case Type::signature: break;  // came after its time-out
+    default: done_ = true; break;
+  }
+}
+
+void Connection::on_session_message(Message message) {
+  using channel::Type;
+  const auto broken = [this] { disconnect(ext::DisconnectReason::by_application, "Internal error."); };
+  const auto type = static_cast<Type>(message.type);
+  if (type != Type::started && !message.fds.empty()) return broken();
+  switch (type) {
+    case Type::answer_ok:
+    case Type::answer_no: {
+      const auto answer = message.body<channel::Answer>();
+      if (!answer) return broken();
+      SessionChannel* const target = find(answer->channel);
+      if (target == nullptr) return;  // closed in the meantime
+      const bool yes = type == Type::answer_ok;
+      if (target->handle() != nullptr) {
+        target->session_answered(yes);
+      } else if (yes) {
+        ssh_channel handle = ext::accept_open(session_, target->open_request());
+        if (handle == nullptr) return broken();
+        target->opened(session_, handle);
+      } else {
+        ext::refuse_open(session_, target->open_request(), ext::OpenFailure::resource_shortage, "no more sessions on this connection");
+        limits_.erase(answer->channel);
+        channels_.erase(answer->channel);
+      }
+      return;
+    }
+    case Type::started: {
+      const auto started = message.body<channel::Started>();
+      if (!started) return broken();
+      const std::size_t expected = started->combined != 0 ? 1u : static_cast<std::size_t>((started->input != 0) + (started->output != 0) + (started->error != 0));
+      if (message.fds.size() != expected) return broken();
+      command_started_ = true;
+      SessionChannel* const target = find(started->channel);
+      if (target == nullptr || target->finished() || target->client_closed()) return;  // the descriptors close with the message
+      target->session_answered(true);
+      target->started(*started, std::move(message.fds));
+      return;
+    }
+    case Type::exited: {
+      const auto exited = message.body<channel::Exited>();
+      if (!exited) return broken();
+      if (SessionChannel* const target = find(exited->channel)) target->exited(*exited);
+      return;
+    }
+    case Type::message: {
+      const auto text = message.body<channel::ChannelMessage>();
+      if (!text) return broken();
+      if (SessionChannel* const target = find(text->channel)) target->show(std::string{text->text.get()}, false);
+      return;
+    }
+    case Type::disconnect: {
+      const auto text = message.body<channel::Disconnect>();
+      if (!text) return broken();
+      return on_disconnect(std::string{text->text.get()});
+    }
+    case Type::signature: return;  // came after its time-out
+    default: return broken();
+  }
+}
+
+void Connection::on_disconnect(const std::string& text) {
+  const auto deadline = std::chrono::steady_clock::now() + flush_limit / 2;
+  if (!text.empty())
+    for (auto& [number, channel] : channels_) channel->show(text, true);
+  for (;;) {  // no program output any more, only these lines
+    bool sent = true;
+    for (auto& [number, channel] : channels_) sent = channel->send_rests() && sent;
+    if (sent || client_gone() || std::chrono::steady_clock::now() >= deadline) break;
+    pollfd polled{client_fd_, POLLIN | POLLOUT, 0};
+    ::poll(&polled, 1, 10);
+    ssh_event_dopoll(event_, 0);
+  }
+  disconnect(ext::DisconnectReason::by_application, text.empty() ? "Connection closed." : text);
+}
+
+// ---------------------------------------------------------------- channels
+
+SessionChannel* Connection::find(std::uint32_t number) {
+  const auto it = channels_.find(number);
+  return it != channels_.end() ? it->second.get() : nullptr;
+}
+
+SessionChannel* Connection::find(ssh_channel handle) {
+  for (auto& [number, channel] : channels_)
+    if (channel->handle() == handle) return channel.get();
+  return nullptr;
+}
+
+void Connection::on_channel_open(const ext::ChannelOpen& open) {
+  if (!authenticated_ || done_) return;
+  if (open.type != "session") {
+    // Forwards, X11 and the agent are granted by rules of a later version; today's answer to all of them is no.
+    const bool known = open.type == "direct-tcpip" || open.type == "direct-streamlocal@openssh.com" || open.type == "tun@openssh.com";
+    ext::refuse_open(session_, open, known ? ext::OpenFailure::prohibited : ext::OpenFailure::unknown_type,
+                     known ? "forwarding is not allowed here" : "unknown channel type");
+    return;
+  }
+  if (channels_.size() >= max_channels) {
+    ext::refuse_open(session_, open, ext::OpenFailure::resource_shortage, "too many channels");
+    return;
+  }
+  while (channels_.contains(next_number_)) next_number_ = (next_number_ + 1) % 65536;
+  const std::uint32_t number = next_number_;
+  next_number_ = (next_number_ + 1) % 65536;
+  channels_.emplace(number, std::make_unique<SessionChannel>(number, open, poller_));
+  limits_.emplace(number, Limits{});
+  link_->send(wire(channel::Type::open), channel::ChannelRef{number});
+}
+
+void Connection::on_channel_request(ssh_channel handle, ext::ChannelRequest request) {
+  SessionChannel* const target = find(handle);
+  if (target == nullptr || target->finished() || target->client_closed() || done_) {
+    if (request.want_reply) ext::reply_request(handle, false);
+    return;
+  }
+  handle_request(*target, std::move(request));
+}
+
+void Connection::handle_request(SessionChannel& target, ext::ChannelRequest request) {
+  using Kind = ext::ChannelRequest::Kind;
+  const std::uint32_t number = target.number();
+  Limits& limits = limits_[number];
+  const auto refuse = [&] { target.answered(request.want_reply, false); };
+  const auto start = [&](channel::StartKind kind) {
+    const bool nameless = kind == channel::StartKind::subsystem && request.text.empty();
+    if (target.start_asked || nameless || request.text.size() > channel::max_command) return refuse();
+    target.start_asked = true;
+    target.asked(request.want_reply);
+    channel::Start body;
+    body.channel = number;
+    body.kind = kind;
+    link_->send(wire(channel::Type::start), body, request.text);
+  };
+  switch (request.kind) {
+    case Kind::pty: {
+      auto body = std::make_unique<channel::Pty>();
+      body->channel = number;
+      body->cols = request.cols;
+      body->rows = request.rows;
+      body->xpixels = request.xpixels;
+      body->ypixels = request.ypixels;
+      if (target.start_asked || limits.pty || !body->term.set(request.text) || !body->modes.set(request.value)) return refuse();
+      limits.pty = true;
+      target.asked(request.want_reply);
+      link_->send(wire(channel::Type::pty), *body);
+      return;
+    }
+    case Kind::env: {
+      if (target.start_asked || request.text.empty() || request.text.size() > channel::max_env_name ||
+          request.value.size() > channel::max_env_value || limits.env >= channel::max_env_count)
+        return refuse();
+      limits.env++;
+      target.asked(request.want_reply);
+      channel::Env body;
+      body.channel = number;
+      body.name_length = static_cast<std::uint32_t>(request.text.size());
+      link_->send(wire(channel::Type::env), body, request.text + request.value);
+      return;
+    }
+    case Kind::shell: request.text.clear(); return start(channel::StartKind::shell);
+    case Kind::exec: return start(channel::StartKind::exec);
+    case Kind::subsystem: return start(channel::StartKind::subsystem);
+    case Kind::window_change: {  // no reply (RFC 4254 section 6.7)
+      channel::WindowChange body;
+      body.channel = number;
+      body.cols = request.cols;
+      body.rows = request.rows;
+      body.xpixels = request.xpixels;
+      body.ypixels = request.ypixels;
+      link_->send(wire(channel::Type::window_change), body);
+      return;
+    }
+    case Kind::signal: {  // no reply (RFC 4254 section 6.9)
+      channel::Signal body;
+      body.channel = number;
+      if (!is_signal_name(request.text) || !body.name.set(request.text)) return refuse();
+      link_->send(wire(channel::Type::signal), body);
+      if (request.want_reply) target.answered(true, true);
+      return;
+    }
+    case Kind::send_break:
+      target.asked(request.want_reply);
+      link_->send(wire(channel::Type::send_break), channel::ChannelRef{number});
+      return;
+    case Kind::other: return refuse();
+  }
+}
+
+void Connection::serve_channels() {
+  if (done_ || login_ != Login::accepted) return;
+  const bool alone = channels_.size() == 1;
+  // libssh may handle packets for one channel while it writes for another: a second look, at most three times, so that nobody starves.
+  bool again = true;
+  for (int round = 0; again && round < 4; round++) {
+    again = false;
+    for (auto& [number, channel] : channels_)
+      if (round == 0 || channel->needs_turn()) channel->turn(alone);
+    for (auto it = channels_.begin(); it != channels_.end();) {
+      SessionChannel& channel = *it->second;
+      if (channel.finished()) {
+        if (limits_.erase(channel.number()) != 0) link_->send(wire(channel::Type::closed), channel::ChannelRef{channel.number()});
+        if (channel.client_closed()) {
+          it = channels_.erase(it);
+          continue;
+        }
+      }
+      again = again || channel.needs_turn();
+      ++it;
+    }
+  }
+  for (auto& [number, channel] : channels_) channel->update_watches();
+  if (again) poller_.after(std::chrono::milliseconds{0}, [] {});  // the rest in the next turn, at once
+}
+
+// ---------------------------------------------------------------- the end
+
+void Connection::note(const std::string& text) {
+  if (login_ == Login::accepted || link_->gone()) return;  // the broker listens until the verdict
+  Note body;
+  set_cut(body.text, text);
+  link_->send(wire(Type::note), body);
+}
+
+void Connection::flush(std::chrono::steady_clock::time_point deadline) {
+  while ((ssh_get_status(session_) & SSH_WRITE_PENDING) != 0 && !client_gone()) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    if (left.count() <= 0) return;
+    pollfd polled{client_fd_, POLLOUT, 0};
+    ::poll(&polled, 1, static_cast<int>(left.count()));
+    ssh_event_dopoll(event_, 0);
+  }
+}
+
+void Connection::disconnect(ext::DisconnectReason reason, const std::string& text) {
+  if (done_) return;
+  done_ = true;
+  if (session_ == nullptr || client_gone()) return;
+  ext::send_disconnect(session_, reason, text);
+  const auto deadline = std::chrono::steady_clock::now() + flush_limit;
+  flush(deadline);
+  if (client_gone()) return;
+  // Closing with the client's bytes unread would reset the connection, and the client would never read our text.
+  ::shutdown(client_fd_, SHUT_WR);
+  for (;;) {
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    pollfd polled{client_fd_, POLLIN, 0};
+    char thrown_away[4096];
+    if (left.count() <= 0 || ::poll(&polled, 1, static_cast<int>(left.count())) <= 0) return;
+    const ssize_t n = ::recv(client_fd_, thrown_away, sizeof thrown_away, MSG_DONTWAIT);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) return;
+  }
+}
+
+}  // namespace postern::sshd::net

@@ -1,0 +1,108 @@
+#pragma once
+
+#include "base/poller.h"
+#include "sshd/net/channel_session.h"
+#include "sshd/net/libssh_ext.h"
+#include "sshd/net/link.h"
+
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace postern::sshd::net {
+
+/// One client's connection, in its own sandboxed process: from the first byte to the last.
+///
+/// Speaks SSH; decides nothing. Every way to authenticate leads to one question to the broker (AskLogin); after its yes, the client's
+/// channel requests go to postern-session and are answered as that answers. Never opens, connects or signs anything itself. Ends by
+/// returning from run(): the caller exits the process.
+class Connection : private ext::PacketObserver, private ext::Signer {
+ public:
+  static constexpr std::chrono::seconds sign_limit{30};            ///< a rekey while the broker restarts (DESIGN section 1)
+  static constexpr std::chrono::milliseconds flush_limit{200};     ///< for the last words on a live connection
+  static constexpr std::chrono::milliseconds denied_linger{700};   ///< for the client to leave by itself after a denial
+  static constexpr std::size_t max_waiting_auth_requests = 32;     ///< sent ahead without waiting for answers (RFC 4252 section 5.1)
+  static constexpr std::size_t max_channels = 128;                 ///< those that wait for the client's CLOSE included
+
+  /// `socket`: the client's, connected. `broker`: our socketpair's end.
+  Connection(ext::Server& server, UniqueFd socket, Link broker, const Serve& settings);
+  ~Connection() override;
+  Connection(const Connection&) = delete;
+  Connection& operator=(const Connection&) = delete;
+
+  void run();
+
+ private:
+  enum class Login { open, asked, accepted, denied };
+  /// nullptr: libssh dropped the request without a word.
+  using AuthMessage = ssh_message;
+
+  // ext::PacketObserver
+  void on_auth_request(bool acceptable) override;
+  void on_channel_open(const ext::ChannelOpen& open) override;
+  void on_channel_request(ssh_channel handle, ext::ChannelRequest request) override;
+  // ext::Signer
+  std::string sign(std::size_t key, Digest digest, std::string_view hash) override;
+
+  void on_client_socket();
+  void turn();
+  void collect_messages();
+  void handle_service(ssh_message message);
+  void handle_auth_requests();
+  void answer_accepted(AuthMessage message);
+  void fail_auth();
+  void authenticated();
+
+  void handle_link();
+  void on_broker_message(Message message);
+  void on_session_message(Message message);
+  void on_verdict(Message message);
+  void on_disconnect(const std::string& text);
+  void handle_request(SessionChannel& channel, ext::ChannelRequest request);
+
+  SessionChannel* find(std::uint32_t number);
+  SessionChannel* find(ssh_channel handle);
+  void serve_channels();
+  void update_watches();
+  bool client_gone() const;
+  /// Says goodbye (SSH_MSG_DISCONNECT), sends what is queued for at most `limit`, and ends run().
+  void disconnect(ext::DisconnectReason reason, const std::string& text);
+  void flush(std::chrono::steady_clock::time_point deadline);
+  void note(const std::string& text);
+  void quick_ack();
+
+  ext::Server& server_;
+  UniqueFd socket_;  ///< until libssh owns it
+  const int client_fd_;
+  const Serve settings_;
+  Poller poller_;
+  std::optional<Link> link_;  ///< to the broker, from the verdict on to the session
+  bool link_ready_ = false;
+  ssh_session session_ = nullptr;
+  ssh_event event_ = nullptr;
+
+  Login login_ = Login::open;
+  bool authenticated_ = false;
+  std::string user_;                       ///< pinned by the first request
+  std::deque<AuthMessage> auth_requests_;  ///< in the order they came
+  std::uint64_t auth_seen_ = 0, auth_got_ = 0;
+  std::uint32_t auth_failures_ = 0;
+  bool bad_user_name_ = false;
+  Poller::TimerId grace_timer_ = 0;
+
+  std::map<std::uint32_t, std::unique_ptr<SessionChannel>> channels_;
+  struct Limits {
+    std::size_t env = 0;
+    bool pty = false;
+  };
+  std::map<std::uint32_t, Limits> limits_;
+  std::uint32_t next_number_ = 0;
+  bool command_started_ = false;  ///< from here on delayed ACKs are welcome
+  bool done_ = false;
+};
+
+}  // namespace postern::sshd::net

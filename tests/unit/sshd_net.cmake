@@ -1,0 +1,3 @@
+# A stand-in for posternd and postern-session, for the tests of postern-net alone (tests/integration/net).
+add_executable(net_harness ${CMAKE_CURRENT_LIST_DIR}/../tools/net_harness.cpp)
+target_link_libraries(net_harness PRIVATE postern_options postern::sshd_net nlohmann_json::nlohmann_json util)
