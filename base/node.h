@@ -3,6 +3,7 @@
 #include "base/address.h"
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace postern {
@@ -17,6 +18,12 @@ struct Node {
 
   bool tagged() const noexcept { return !tags.empty(); }
 };
+
+/// What is wrong with "tag:server" as a tag; empty when nothing is. Sentences of tailscale tailcfg.CheckTag.
+std::string_view problem_of_tag(std::string_view tag) noexcept;
+
+/// What is wrong with "alice@example.com" as a login; empty when nothing is. "alice@github" and headscale's "alice@" are fine.
+std::string_view problem_of_login(std::string_view login) noexcept;
 
 /// What the provider knows of the network: needed to expand tags, autogroups and host names of a policy.
 struct Network {

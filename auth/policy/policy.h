@@ -53,6 +53,9 @@ struct Question {
   /// "accept" when some uid could make it so (autogroup:nonroot then takes every name but root's).
   std::optional<std::uint32_t> uid;
   std::uint16_t port = 22;  ///< the policy's port, whatever port we listen on
+  /// The address that the peer dialled, for network rules that name addresses. Absent: any address of the destination that has
+  /// the source's family.
+  std::optional<Address> destination_address = std::nullopt;
 };
 
 /// A policy file, loaded and checked. Immutable, cheap to copy (shared). Evaluation is pure: no clock, no sockets, no files.

@@ -1,0 +1,256 @@
+#include "auth/policy/policy.h"
+
+#include "auth/policy/compiled.h"
+#include "auth/policy/hujson.h"
+#include "base/log.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace postern::auth::policy {
+namespace {
+
+bool is_member(const Node& node) noexcept { return !node.tagged() && !node.login.empty(); }
+
+/// The rules whose `side` takes `node`. `addresses`: those of the node that the rules' prefixes are held against; `own`: the
+/// other side is a device of the same user.
+template <class Addresses, class IsOpen>
+RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, const Node& node, const Addresses& addresses, bool own,
+                  const IsOpen& is_open) {
+  RuleSet set{rules};
+  side.everyone.add_to(set, is_open);
+  if (node.tagged()) {  // a tagged node has no user, whatever else is known of it
+    side.tagged.add_to(set, is_open);
+    for (const auto& tag : node.tags)
+      if (const auto it = side.tags.find(tag); it != side.tags.end()) it->second.add_to(set, is_open);
+  } else if (is_member(node)) {
+    side.member.add_to(set, is_open);
+    if (own) side.self.add_to(set, is_open);
+    if (const auto it = side.users.find(node.login); it != side.users.end()) it->second.add_to(set, is_open);
+    if (const auto it = policy.groups_of.find(node.login); it != policy.groups_of.end())
+      for (const auto group : it->second) side.groups[group].add_to(set, is_open);
+  }
+  for (const Address& address : addresses) side.prefixes.add_to(set, address, is_open);
+  return set;
+}
+
+}  // namespace
+
+bool is_foreign_user_name(std::string_view name) noexcept {
+  if (name.empty() || name.size() > 256 || hujson::find_invalid_utf8(name) != std::string_view::npos) return false;
+  bool foreign = false;
+  for (std::size_t i = 0; i < name.size();) {
+    const auto first = static_cast<unsigned char>(name[i]);
+    const std::size_t length = first < 0x80 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+    std::uint32_t c = length == 1 ? first : first & (0xff >> (length + 1));
+    for (std::size_t k = 1; k < length; k++) c = c << 6 | (static_cast<unsigned char>(name[i + k]) & 0x3f);
+    i += length;
+    if (c < 0x80) {
+      const bool letter = (c | 0x20) >= 'a' && (c | 0x20) <= 'z';
+      const bool inside = (c >= '0' && c <= '9') || c == '.' || c == '-';
+      if (!letter && c != '_' && !(inside && i > 1)) return false;
+      continue;
+    }
+    foreign = true;
+    if (c <= 0xa0 || c == 0xad || c == 0x61c || c == 0x1680 || c == 0x180e || (c >= 0x2000 && c <= 0x200f) ||
+        (c >= 0x2028 && c <= 0x202f) || (c >= 0x205f && c <= 0x206f) || c == 0x3000 || (c >= 0xd800 && c <= 0xf8ff) || c == 0xfeff ||
+        (c >= 0xfff0 && c <= 0xffff) || c >= 0xe0000)
+      return false;
+  }
+  return foreign;
+}
+
+RuleSet& RuleSet::operator|=(const RuleSet& other) noexcept {
+  for (std::size_t i = 0; i < words_.size(); i++) words_[i] |= other.words_[i];
+  return *this;
+}
+
+RuleSet& RuleSet::operator&=(const RuleSet& other) noexcept {
+  for (std::size_t i = 0; i < words_.size(); i++) words_[i] &= other.words_[i];
+  return *this;
+}
+
+long RuleSet::first_common(const RuleSet& a, const RuleSet& b) noexcept {
+  for (std::size_t i = 0; i < a.words_.size(); i++)
+    if (const std::uint64_t both = a.words_[i] & b.words_[i]; both != 0) return static_cast<long>(i * 64) + std::countr_zero(both);
+  return -1;
+}
+
+bool RuleSet::empty() const noexcept {
+  return std::all_of(words_.begin(), words_.end(), [](std::uint64_t w) { return w == 0; });
+}
+
+void RuleList::add(std::uint32_t rule) {
+  if (numbers_.empty() || numbers_.back() != rule) numbers_.push_back(rule);
+}
+
+void RuleList::finish(std::size_t rules) {
+  const std::size_t words = (rules + 63) / 64;
+  if (numbers_.size() <= words) return;
+  words_.assign(words, 0);
+  for (const auto rule : numbers_) words_[rule / 64] |= std::uint64_t{1} << (rule % 64);
+  numbers_ = {};
+}
+
+void RuleList::add_to(RuleSet& set) const {
+  for (const auto rule : numbers_) set.add(rule);
+  for (std::size_t i = 0; i < words_.size(); i++) set.words_[i] |= words_[i];
+}
+
+void PortedRules::add(std::uint32_t rule, PortsId ports) {
+  for (auto& [id, list] : lists_)
+    if (id == ports) return list.add(rule);
+  lists_.emplace_back(ports, RuleList{}).second.add(rule);
+}
+
+void PortedRules::finish(std::size_t rules) {
+  for (auto& [id, list] : lists_) list.finish(rules);
+}
+
+PrefixRules::Key PrefixRules::key(const Address& address, unsigned length) noexcept {
+  Key k{};
+  const unsigned whole = length / 8, rest = length % 8;
+  std::copy_n(address.bytes().begin(), whole, k.begin());
+  if (rest != 0) k[whole] = static_cast<std::uint8_t>(address.bytes()[whole] & (0xff << (8 - rest)));
+  return k;
+}
+
+PortedRules& PrefixRules::at(const Prefix& prefix) {
+  auto table = std::find_if(tables_.begin(), tables_.end(),
+                            [&](const Table& t) { return t.v4 == prefix.address.v4() && t.length == prefix.length; });
+  if (table == tables_.end()) table = tables_.insert(table, Table{prefix.address.v4(), prefix.length, {}});
+  return table->rules[key(prefix.address, prefix.length)];
+}
+
+void PrefixRules::finish(std::size_t rules) {
+  for (auto& table : tables_)
+    for (auto& [prefix, list] : table.rules) list.finish(rules);
+}
+
+void Side::finish(std::size_t rules) {
+  for (PortedRules* list : {&everyone, &member, &tagged, &self}) list->finish(rules);
+  for (auto& [name, list] : users) list.finish(rules);
+  for (auto& [name, list] : tags) list.finish(rules);
+  for (auto& list : groups) list.finish(rules);
+  prefixes.finish(rules);
+}
+
+Verdict Policy::decide(const Network& network, const Question& question, bool require_network_rule) const {
+  const Compiled& policy = *compiled_;
+  const Node& source = question.source;
+  const Node& destination = question.destination;
+  Verdict verdict;
+
+  const bool mappable = is_mappable_user_name(question.ssh_user);
+  if (!mappable && !is_foreign_user_name(question.ssh_user)) {
+    verdict.denial = Denial::invalid_user_name;
+    return verdict;
+  }
+
+  // autogroup:self: the user's own devices. Neither end may be tagged: who tags a device gives it away.
+  const bool own = is_member(source) && is_member(destination) && source.login == destination.login;
+  const auto any_port = [](PortsId) { return true; };
+  constexpr std::array<Address, 0> no_address;  // ssh rules name no addresses
+
+  RuleSet reach = rules_for(policy, policy.ssh_src, policy.ssh.size(), source, no_address, own, any_port);
+  reach &= rules_for(policy, policy.ssh_dst, policy.ssh.size(), destination, no_address, own, any_port);
+  if (reach.empty()) {
+    verdict.denial = mappable ? Denial::no_rule : Denial::invalid_user_name;
+    return verdict;
+  }
+
+  RuleSet users{policy.ssh.size()};
+  if (const auto it = policy.ssh_users.find(question.ssh_user); it != policy.ssh_users.end()) it->second.add_to(users);
+  // uid 0 has many names (toor, "0"): only what a rule writes out reaches it.
+  if (mappable && question.ssh_user != "root" && question.uid.value_or(1) != 0) policy.ssh_nonroot.add_to(users);
+  const long found = RuleSet::first_common(reach, users);
+  if (found < 0) {
+    verdict.denial = mappable ? Denial::user_not_permitted : Denial::invalid_user_name;
+    return verdict;
+  }
+
+  if (require_network_rule) {
+    const auto is_open = [&](PortsId id) { return policy.opens(id, question.port); };
+    const std::array<Address, 1> from{question.source_address};
+    // A packet filter sees the address that was dialled. Where we do not know it, it has at least the source's family.
+    std::vector<Address> to;
+    if (question.destination_address) {
+      to.push_back(*question.destination_address);
+    } else {
+      std::copy_if(destination.addresses.begin(), destination.addresses.end(), std::back_inserter(to),
+                   [&](const Address& a) { return a.v4() == question.source_address.v4(); });
+    }
+    const auto src = rules_for(policy, policy.network_src, policy.network_rules, source, from, own, any_port);
+    const auto dst = rules_for(policy, policy.network_dst, policy.network_rules, destination, to, own, is_open);
+    if (RuleSet::first_common(src, dst) < 0) {
+      verdict.denial = Denial::no_network_rule;
+      return verdict;
+    }
+  }
+
+  const SshRule& rule = policy.ssh[static_cast<std::size_t>(found)];
+  verdict.outcome = rule.verdict;
+  verdict.denial = Denial::none;
+  verdict.rule = Place{policy.file, rule.line, rule.column};
+  verdict.local_user = question.ssh_user;
+  verdict.accept_env = rule.accept_env;
+  if (rule.recorder_tag.empty()) return verdict;
+
+  verdict.record = true;
+  verdict.recorder_tag = rule.recorder_tag;
+  verdict.enforce_recorder = rule.enforce_recorder;
+  std::vector<std::pair<Address, const Node*>> recorders;
+  for (const Node& node : network.nodes) {
+    if (node.addresses.empty() || std::find(node.tags.begin(), node.tags.end(), rule.recorder_tag) == node.tags.end()) continue;
+    recorders.emplace_back(*std::min_element(node.addresses.begin(), node.addresses.end()), &node);
+  }
+  std::sort(recorders.begin(), recorders.end(), [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first < b.first : a.second->id < b.second->id;
+  });
+  for (const auto& [lowest, node] : recorders) verdict.recorders.push_back(*node);
+  return verdict;
+}
+
+const std::vector<Problem>& Policy::warnings() const noexcept { return compiled_->warnings; }
+
+std::string denial_text(Denial denial, std::string_view ssh_user) {
+  switch (denial) {
+    case Denial::none: return "";
+    case Denial::no_rule:
+    case Denial::no_network_rule: return "tailnet policy does not permit you to SSH to this node";
+    case Denial::invalid_user_name:
+    case Denial::user_not_permitted: break;
+  }
+  return "tailnet policy does not permit you to SSH as user " + quoted(ssh_user, 64);
+}
+
+bool is_mappable_user_name(std::string_view name) noexcept {
+  if (name.empty() || name.size() > 32) return false;
+  const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; };
+  if (!letter(name.front())) return false;
+  if (name.back() == '$') name.remove_suffix(1);  // Samba's machine accounts, useradd(8)
+  return std::all_of(name.begin(), name.end(), [&](char c) { return letter(c) || (c >= '0' && c <= '9') || c == '.' || c == '-'; });
+}
+
+bool glob_matches(std::string_view pattern, std::string_view name) noexcept {
+  // Goes back to the last star only: quadratic at worst, where trying every star would be exponential.
+  std::size_t p = 0, n = 0, star = std::string_view::npos, resume = 0;
+  while (n < name.size()) {
+    if (p < pattern.size() && pattern[p] == '*') {
+      star = p++;
+      resume = n;
+    } else if (p < pattern.size() && (pattern[p] == '?' || pattern[p] == name[n])) {
+      p++;
+      n++;
+    } else if (star != std::string_view::npos) {
+      p = star + 1;
+      n = ++resume;
+    } else {
+      return false;
+    }
+  }
+  while (p < pattern.size() && pattern[p] == '*') p++;
+  return p == pattern.size();
+}
+
+}  // namespace postern::auth::policy

@@ -1,0 +1,8 @@
+postern_unit_test(auth_policy
+  SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/auth_policy_hujson_test.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/auth_policy_load_test.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/auth_policy_decide_test.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/auth_policy_corpus_test.cpp
+  DEPS postern::auth_policy nlohmann_json::nlohmann_json)
+target_compile_definitions(auth_policy_test PRIVATE POSTERN_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data")
