@@ -147,7 +147,11 @@ Expected<Done> apply_modes(int terminal, std::string_view encoded) {
   if (encoded.empty()) return Done{};
   termios modes{};
   if (::tcgetattr(terminal, &modes) != 0) return Unexpected{system_error("read a terminal's modes")};
+  const tcflag_t fixed = modes.c_cflag & (CSIZE | PARENB);
   decode_modes(encoded, modes);
+  // A pseudo-terminal has 8 bits and no parity, whatever is asked for (the kernel's pty_set_termios); glibc's tcsetattr would report
+  // the difference as EINVAL, with the rest set.
+  modes.c_cflag = (modes.c_cflag & ~static_cast<tcflag_t>(CSIZE | PARENB)) | fixed;
   if (::tcsetattr(terminal, TCSANOW, &modes) != 0) return Unexpected{system_error("set a terminal's modes")};
   return Done{};
 }

@@ -61,7 +61,6 @@ struct Reader {
       read(what, depth + 1);
       return;
     }
-    if (type == "auth" || type == "password") return;  // those phases are never entered
     if (std::find(modules.begin(), modules.end(), what) == modules.end()) modules.push_back(what);
   }
 };
@@ -85,8 +84,8 @@ std::vector<std::string> modules_of(const std::string& service, const std::strin
     found = reader.read(service, 0);
     reader.folder = "/etc/pam.d";
   }
-  // libpam always loads "other", too, as the fallback of phases that the service does not have.
-  if (!found) reader.read("other", 0);
+  // pam_start(3) loads all of it, whatever phases are asked for later, and "other" too.
+  reader.read("other", 0);
   return reader.modules;
 }
 
