@@ -1,0 +1,3 @@
+postern_unit_test(recorder_relay
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/recorder_relay_failover_test.cpp
+  DEPS postern::recorder_relay)
