@@ -48,6 +48,7 @@ bool Poller::run_once(std::optional<Clock::duration> limit) {
   }
   timespec time{};
   if (wait) {
+    wait = std::max(*wait, Clock::duration::zero());  // ppoll(2): EINVAL for a negative time
     const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(*wait).count();
     time.tv_sec = static_cast<time_t>(ns / 1'000'000'000);
     time.tv_nsec = static_cast<long>(ns % 1'000'000'000);
@@ -62,13 +63,23 @@ bool Poller::run_once(std::optional<Clock::duration> limit) {
     // A handler may have removed or replaced this watch in the meantime.
     const auto it = watches_.find(polled_[i].fd);
     if (it == watches_.end() || it->second.generation != generations_[i] || !it->second.enabled) continue;
+    // ... or have given up some of its events since: those are not reported.
+    const auto revents = static_cast<short>(polled_[i].revents & (it->second.events | POLLERR | POLLHUP | POLLNVAL));
+    if (revents == 0) continue;
     const auto handler = it->second.handler;  // kept alive: the handler may remove itself
-    (*handler)(polled_[i].revents);
+    (*handler)(revents);
   }
+  // Timers that handlers add now wait for the next round: one that renews itself in the past must not starve the descriptors.
   const auto now = Clock::now();
-  while (!timers_.empty() && timers_.begin()->first <= now) {
-    auto node = timers_.extract(timers_.begin());
+  const TimerId first_new = next_timer_;
+  for (auto it = timers_.begin(); it != timers_.end() && it->first <= now;) {
+    if (it->second.id >= first_new) {
+      ++it;
+      continue;
+    }
+    auto node = timers_.extract(it);
     node.mapped().handler();
+    it = timers_.begin();  // the handler may have cancelled the next one
   }
   return true;
 }

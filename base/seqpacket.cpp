@@ -44,6 +44,8 @@ Expected<Done> send_message(int socket, std::uint16_t version, std::uint16_t typ
   }
   for (;;) {
     if (::sendmsg(socket, &message, MSG_NOSIGNAL) >= 0) return Done{};
+    // ECONNRESET is the first word of a peer that died with messages of ours unread; the next send would say EPIPE.
+    if (errno == ECONNRESET) return Unexpected{system_error("send a local message", EPIPE)};
     if (errno != EINTR) return Unexpected{system_error("send a local message")};
   }
 }
@@ -62,11 +64,10 @@ Expected<std::optional<Message>> receive_message(int socket, std::size_t largest
   ssize_t n;
   do {
     n = ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
-  } while (n < 0 && errno == EINTR);
-  if (n < 0) {
-    if (errno == ECONNRESET) return std::optional<Message>{};  // the peer died with messages of ours unread: its end all the same
-    return Unexpected{system_error("receive a local message")};
-  }
+    // ECONNRESET: the peer died with messages of ours unread. It is told once, before what the peer still said (recv(2) takes the
+    // socket's error first); its last words and then the end follow.
+  } while (n < 0 && (errno == EINTR || errno == ECONNRESET));
+  if (n < 0) return Unexpected{system_error("receive a local message")};
   // Descriptors first, so that none leaks whatever is wrong with the rest.
   for (cmsghdr* c = CMSG_FIRSTHDR(&message); c != nullptr; c = CMSG_NXTHDR(&message, c)) {
     if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;

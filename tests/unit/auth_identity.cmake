@@ -1,0 +1,3 @@
+postern_unit_test(auth_identity
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/auth_identity_static_provider_test.cpp
+  DEPS postern::auth_identity)
