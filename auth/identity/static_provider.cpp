@@ -89,10 +89,8 @@ class Reader {
       }
       for (std::size_t i = 0; i < nodes->size(); i++) {
         const std::string field = "node[" + std::to_string(i) + "]";
-        if (const toml::table* table = (*nodes)[i].as_table())
-          node(*table, field);
-        else
-          problem((*nodes)[i], field, "must be a table, not " + kind_of((*nodes)[i]));
+        if (const toml::table* table = (*nodes)[i].as_table()) node(*table, field);
+        else problem((*nodes)[i], field, "must be a table, not " + kind_of((*nodes)[i]));
       }
     }
   }
@@ -148,10 +146,8 @@ class Reader {
     for (std::size_t i = 0; i < array->size(); i++) {
       const toml::node& item = (*array)[i];
       const std::string at = where + "[" + std::to_string(i) + "]";
-      if (const auto* s = item.as_string(); s == nullptr)
-        problem(item, at, "must be a string, not " + kind_of(item));
-      else if (plain(s->get(), item, at))
-        out.emplace_back(s->get(), &item);
+      if (const auto* s = item.as_string(); s == nullptr) problem(item, at, "must be a string, not " + kind_of(item));
+      else if (plain(s->get(), item, at)) out.emplace_back(s->get(), &item);
     }
     return out;
   }
@@ -186,8 +182,7 @@ class Reader {
     }
     if (id_at != nullptr && !n.id.empty() && !(name_taken && n.id == n.name)) taken(seen_.ids, n.id, *id_at, field + ".id", "id");
 
-    if (!table.contains("addresses"))
-      problem(table, field, "addresses is missing", "addresses = [\"100.64.0.1\"]");
+    if (!table.contains("addresses")) problem(table, field, "addresses is missing", "addresses = [\"100.64.0.1\"]");
     else if (const auto* array = table.get("addresses")->as_array(); array != nullptr && array->empty())
       problem(*array, field + ".addresses", "must hold at least one address");
     std::size_t index = 0;
@@ -195,24 +190,20 @@ class Reader {
       const std::string where = field + ".addresses[" + std::to_string(index++) + "]";
       const auto address = Address::parse(value);
       if (!address) {
-        problem(*at, where, "not an IP address: " + quoted(value, 60), value.find('/') != std::string::npos ? "one address, no prefix" : "numbers only, no name, no port");
+        problem(*at, where, "not an IP address: " + quoted(value, 60),
+                value.find('/') != std::string::npos ? "one address, no prefix" : "numbers only, no name, no port");
         continue;
       }
       const unsigned line = lines_.place(file_, at->source().begin).line;
-      if (const auto [first, is_new] = seen_.addresses.try_emplace(*address, line, n.name); is_new)
-        n.addresses.push_back(*address);
-      else
-        problem(*at, where, "the address " + address->text() + " is named twice", "first in line " + std::to_string(first->second.first));
+      if (const auto [first, is_new] = seen_.addresses.try_emplace(*address, line, n.name); is_new) n.addresses.push_back(*address);
+      else problem(*at, where, "the address " + address->text() + " is named twice", "first in line " + std::to_string(first->second.first));
     }
 
     const bool user = table.contains("user"), tags = table.contains("tags");
-    if (user && tags)
-      problem(table, field, "a node has a user or tags, not both", "a tagged node is nobody's own device");
-    else if (!user && !tags)
-      problem(table, field, "user or tags is missing", "user = \"alice@example.com\", or tags = [\"tag:server\"]");
+    if (user && tags) problem(table, field, "a node has a user or tags, not both", "a tagged node is nobody's own device");
+    else if (!user && !tags) problem(table, field, "user or tags is missing", "user = \"alice@example.com\", or tags = [\"tag:server\"]");
     if (const auto* login = text(table, "user", field)) {
-      if (const auto wrong = problem_of_login(*login); !wrong.empty())
-        problem(*table.get("user"), field + ".user", std::string{wrong}, "alice@example.com");
+      if (const auto wrong = problem_of_login(*login); !wrong.empty()) problem(*table.get("user"), field + ".user", std::string{wrong}, "alice@example.com");
       n.login = *login;
     }
     if (const toml::array* array = tags ? table.get("tags")->as_array() : nullptr; array != nullptr && array->empty())
@@ -220,12 +211,9 @@ class Reader {
     index = 0;
     for (const auto& [tag, at] : texts(table, "tags", field)) {
       const std::string where = field + ".tags[" + std::to_string(index++) + "]";
-      if (const auto wrong = problem_of_tag(tag); !wrong.empty())
-        problem(*at, where, quoted(tag, 80) + ": " + std::string{wrong}, "\"tag:server\"");
-      else if (std::find(n.tags.begin(), n.tags.end(), tag) != n.tags.end())
-        problem(*at, where, "the tag " + tag + " is named twice");
-      else
-        n.tags.push_back(tag);
+      if (const auto wrong = problem_of_tag(tag); !wrong.empty()) problem(*at, where, quoted(tag, 80) + ": " + std::string{wrong}, "\"tag:server\"");
+      else if (std::find(n.tags.begin(), n.tags.end(), tag) != n.tags.end()) problem(*at, where, "the tag " + tag + " is named twice");
+      else n.tags.push_back(tag);
     }
     std::sort(n.tags.begin(), n.tags.end());
     network_.nodes.push_back(std::move(n));

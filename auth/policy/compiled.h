@@ -101,9 +101,7 @@ class PrefixRules {
  private:
   using Key = std::array<std::uint8_t, 16>;
   struct KeyHash {
-    std::size_t operator()(const Key& k) const noexcept {
-      return std::hash<std::string_view>{}({reinterpret_cast<const char*>(k.data()), k.size()});
-    }
+    std::size_t operator()(const Key& k) const noexcept { return std::hash<std::string_view>{}({reinterpret_cast<const char*>(k.data()), k.size()}); }
   };
   struct Table {
     bool v4;
@@ -144,8 +142,8 @@ struct SshRule {
 struct Compiled {
   std::string file;
 
-  StringMap<std::uint32_t> groups;                     ///< "group:eng" -> its number
-  StringMap<std::vector<std::uint32_t>> groups_of;     ///< login -> the groups it is in
+  StringMap<std::uint32_t> groups;                  ///< "group:eng" -> its number
+  StringMap<std::vector<std::uint32_t>> groups_of;  ///< login -> the groups it is in
 
   std::vector<SshRule> ssh;  ///< in the order of evaluation: check before accept, then as in the file
   Side ssh_src, ssh_dst;
@@ -154,7 +152,7 @@ struct Compiled {
 
   std::size_t network_rules = 0;  ///< acls and grants that say something of tcp
   Side network_src, network_dst;
-  std::vector<Ports> ports;       ///< by PortsId; [every_port] is unused
+  std::vector<Ports> ports;  ///< by PortsId; [every_port] is unused
 
   std::vector<Problem> warnings;
 

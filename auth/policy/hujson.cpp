@@ -140,18 +140,21 @@ class Parser {
   bool value(Value& out, unsigned depth) {
     out.line = line_;
     out.column = column();
-    if (++values_ > max_values)
-      return fail("too many values in this file", "the most is " + std::to_string(max_values));
+    if (++values_ > max_values) return fail("too many values in this file", "the most is " + std::to_string(max_values));
     if (end()) return fail("the file ends where a value should be", "is the file whole?");
     const char c = peek();
     switch (c) {
       case '{': return object(out, depth + 1);
       case '[': return array(out, depth + 1);
-      case '"':
-        out.kind = Kind::string;
-        return string(out.text);
-      case 't': out.kind = Kind::boolean; out.boolean = true; return word("true");
-      case 'f': out.kind = Kind::boolean; out.boolean = false; return word("false");
+      case '"': out.kind = Kind::string; return string(out.text);
+      case 't':
+        out.kind = Kind::boolean;
+        out.boolean = true;
+        return word("true");
+      case 'f':
+        out.kind = Kind::boolean;
+        out.boolean = false;
+        return word("false");
       case 'n': out.kind = Kind::null; return word("null");
       default: break;
     }
@@ -165,8 +168,7 @@ class Parser {
   bool word(std::string_view w) {
     std::size_t length = 0;
     while (at_ + length < text_.size() && ((text_[at_ + length] | 0x20) >= 'a' && (text_[at_ + length] | 0x20) <= 'z')) length++;
-    if (text_.substr(at_, length) != w)
-      return fail("not a value: " + quoted(text_.substr(at_, length), 40), "strings are written in double quotes");
+    if (text_.substr(at_, length) != w) return fail("not a value: " + quoted(text_.substr(at_, length), 40), "strings are written in double quotes");
     at_ += length;
     return true;
   }
@@ -237,7 +239,9 @@ class Parser {
     const char c = peek();
     at_++;
     switch (c) {
-      case '"': case '\\': case '/': out += c; return true;
+      case '"':
+      case '\\':
+      case '/': out += c; return true;
       case 'b': out += '\b'; return true;
       case 'f': out += '\f'; return true;
       case 'n': out += '\n'; return true;
@@ -286,8 +290,7 @@ class Parser {
     }
     ok = false;
     if (end()) {
-      fail_at(open.line, open.column, std::string{"this \""} + (close == '}' ? "{" : "[") + "\" is not closed",
-              "is the file whole?");
+      fail_at(open.line, open.column, std::string{"this \""} + (close == '}' ? "{" : "[") + "\" is not closed", "is the file whole?");
     } else {
       fail(std::string{"expected a comma or \""} + close + "\" here", "is a comma missing before it?");
     }
@@ -402,12 +405,10 @@ std::optional<Value> parse(std::string_view text, Problems& problems) {
     const auto before = text.substr(0, offset);
     const auto line = 1 + static_cast<unsigned>(std::count(before.begin(), before.end(), '\n'));
     const auto start = before.rfind('\n');
-    problems.add(line, static_cast<unsigned>(offset - (start == std::string_view::npos ? 0 : start + 1)) + 1, "", std::move(message),
-                 std::move(hint));
+    problems.add(line, static_cast<unsigned>(offset - (start == std::string_view::npos ? 0 : start + 1)) + 1, "", std::move(message), std::move(hint));
   };
   if (text.size() > max_file_bytes) {
-    problems.add(1, 1, "", "the file is too large: " + std::to_string(text.size()) + " bytes",
-                 "at most " + std::to_string(max_file_bytes) + " bytes");
+    problems.add(1, 1, "", "the file is too large: " + std::to_string(text.size()) + " bytes", "at most " + std::to_string(max_file_bytes) + " bytes");
     return std::nullopt;
   }
   if (text.substr(0, 3) == "\xef\xbb\xbf") {

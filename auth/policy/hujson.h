@@ -32,9 +32,9 @@ struct Value {
   unsigned line = 0;
   unsigned column = 0;
   bool boolean = false;
-  std::string text;            ///< a string's value (UTF-8, escapes resolved), or a number as written
-  std::vector<Value> items;    ///< of an array
-  std::vector<Member> members; ///< of an object, in file order, names unique
+  std::string text;             ///< a string's value (UTF-8, escapes resolved), or a number as written
+  std::vector<Value> items;     ///< of an array
+  std::vector<Member> members;  ///< of an object, in file order, names unique
 
   const Member* find(std::string_view name) const noexcept;
 };

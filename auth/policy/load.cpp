@@ -25,8 +25,8 @@ constexpr std::string_view not_yet = "not supported yet";
 
 /// Sections of Tailscale's file that this version does not know. Empty ones say nothing and pass.
 constexpr std::array<std::string_view, 16> later_sections{
-    "autoApprovers", "nodeAttrs", "postures", "defaultSrcPosture", "ipsets", "tests", "sshTests", "derpMap", "randomizeClientPort",
-    "disableIPv4", "OneCGNATRoute", "extraDNSRecords", "services", "networkAttrs", "regions", "machinePerms"};
+    "autoApprovers",       "nodeAttrs",   "postures",      "defaultSrcPosture", "ipsets",   "tests",        "sshTests", "derpMap",
+    "randomizeClientPort", "disableIPv4", "OneCGNATRoute", "extraDNSRecords",   "services", "networkAttrs", "regions",  "machinePerms"};
 
 /// strings.TrimSpace for ASCII: the real service takes " root" and "\troot" for "root".
 std::string_view trimmed(std::string_view text) {
@@ -138,7 +138,8 @@ class Loader {
   void refuse_later(const Value& object, const std::string& field, std::initializer_list<std::string_view> names) {
     for (const auto name : names)
       if (const Member* m = object.find(name); m != nullptr && !is_empty(m->value))
-        problem(*m, field + "." + std::string{name}, json_quoted(name) + " is " + std::string{not_yet}, "remove it; a rule that it restricts must not load without it");
+        problem(*m, field + "." + std::string{name}, json_quoted(name) + " is " + std::string{not_yet},
+                "remove it; a rule that it restricts must not load without it");
   }
 
   // -- plain members -------------------------------------------------------------------------------------------------------
@@ -158,10 +159,8 @@ class Loader {
     }
     for (std::size_t i = 0; i < value.items.size(); i++) {
       const Value& item = value.items[i];
-      if (item.kind == Kind::string)
-        out.push_back({item.text, &item});
-      else
-        wrong_kind(item, field + "[" + std::to_string(i) + "]", "a string");
+      if (item.kind == Kind::string) out.push_back({item.text, &item});
+      else wrong_kind(item, field + "[" + std::to_string(i) + "]", "a string");
     }
     return out;
   }
@@ -205,8 +204,7 @@ class Loader {
     for (const auto& m : root_.members) {
       if (std::find(later_sections.begin(), later_sections.end(), m.name) == later_sections.end()) continue;
       all.push_back(m.name);
-      if (!is_empty(m.value))
-        problem(m, m.name, json_quoted(m.name) + " is " + std::string{not_yet}, "remove the section, or make it empty");
+      if (!is_empty(m.value)) problem(m, m.name, json_quoted(m.name) + " is " + std::string{not_yet}, "remove the section, or make it empty");
     }
     refuse_unknown(root_, "", all, "a policy");
   }
@@ -259,10 +257,8 @@ class Loader {
         wrong_kind(m.value, field, "a string");
         continue;
       }
-      if (const auto prefix = Prefix::parse(trimmed(m.value.text)))
-        hosts_.emplace(m.name, *prefix);
-      else
-        problem(m.value, field, json_quoted(m.value.text) + " is not an IP address or prefix", "100.64.0.16 or 10.0.0.0/24");
+      if (const auto prefix = Prefix::parse(trimmed(m.value.text))) hosts_.emplace(m.name, *prefix);
+      else problem(m.value, field, json_quoted(m.value.text) + " is not an IP address or prefix", "100.64.0.16 or 10.0.0.0/24");
     }
   }
 
@@ -332,15 +328,15 @@ class Loader {
     }
     if (begins("tag:")) {
       if (tags_.find(text) != tags_.end()) return {Principal{What::tag, std::string{text}}};
-      problem(at, where(), "tag not found: " + json_quoted(text),
-              text.find(':', 4) != std::string_view::npos ? "no port here" : "define it in tagOwners");
+      problem(at, where(), "tag not found: " + json_quoted(text), text.find(':', 4) != std::string_view::npos ? "no port here" : "define it in tagOwners");
       return {};
     }
     if (begins("user:*@") || begins("*@")) return later("name a group of those users");
     if (begins("ipset:") || begins("svc:")) return is_ssh ? invalid("not in ssh rules") : later();
     if (is_login(text)) return {Principal{What::user, std::string{text}}};
     if (is_ssh)
-      return invalid(is_src ? "a user, group, tag, autogroup:member or autogroup:tagged" : "a tag, a user, autogroup:self, autogroup:member or autogroup:tagged; never a host, address or port");
+      return invalid(is_src ? "a user, group, tag, autogroup:member or autogroup:tagged"
+                            : "a tag, a user, autogroup:self, autogroup:member or autogroup:tagged; never a host, address or port");
     if (const auto host = hosts_.find(text); host != hosts_.end()) return {Principal{What::prefix, std::string{text}, host->second}};
     auto bare = text;
     if (bare.size() > 2 && bare.front() == '[' && bare.back() == ']') bare = bare.substr(1, bare.size() - 2);
@@ -420,8 +416,7 @@ class Loader {
     const std::string where = field + ".src";
     std::size_t index = 0;
     for (const auto& [text, at] : strings(rule, "src", field))
-      if (const auto named = principal(text, *at, Spot::network_src, where, index++); named.principal)
-        add(out_->network_src, *named.principal, number);
+      if (const auto named = principal(text, *at, Spot::network_src, where, index++); named.principal) add(out_->network_src, *named.principal, number);
   }
 
   void acl(const Value& rule, const std::string& field) {
@@ -483,8 +478,7 @@ class Loader {
       const auto ports = port_list(trimmed(colon == std::string_view::npos ? text : text.substr(colon + 1)));
       if (!takes || !ports || text.find(',') != std::string_view::npos)
         problem(*at, where, "invalid ip " + json_quoted(text), "\"*\", \"22\", \"1-1024\", \"tcp:22\", \"udp:*\"");
-      else if (*takes)
-        open.insert(open.end(), ports->begin(), ports->end());
+      else if (*takes) open.insert(open.end(), ports->begin(), ports->end());
     }
 
     const auto number = static_cast<std::uint32_t>(out_->network_rules++);
@@ -515,10 +509,8 @@ class Loader {
     for (std::size_t i = 0; i < all->items.size(); i++) {
       const Value& item = all->items[i];
       std::string field = "ssh[" + std::to_string(i) + "]";
-      if (item.kind != Kind::object)
-        wrong_kind(item, field, "an object");
-      else
-        ssh_rule(item, std::move(field));
+      if (item.kind != Kind::object) wrong_kind(item, field, "an object");
+      else ssh_rule(item, std::move(field));
     }
     // "Most restrictive first": every check rule before every accept rule, whatever the file's order.
     std::stable_partition(rules_.begin(), rules_.end(), [](const ReadRule& r) { return r.rule.verdict == Outcome::check; });
@@ -547,10 +539,8 @@ class Loader {
     std::string_view verb;
     if (action(value, field, verb)) {
       const Value& at = value.find("action")->value;
-      if (verb == "check")
-        problem(at, field + ".action", "action \"check\" is " + std::string{not_yet}, "only \"accept\" is");
-      else if (verb != "accept")
-        problem(at, field + ".action", json_quoted(verb) + " is not a valid action", "\"accept\"");
+      if (verb == "check") problem(at, field + ".action", "action \"check\" is " + std::string{not_yet}, "only \"accept\" is");
+      else if (verb != "accept") problem(at, field + ".action", json_quoted(verb) + " is not a valid action", "\"accept\"");
     }
 
     principals(value, "src", Spot::ssh_src, field, read.src);
@@ -561,10 +551,8 @@ class Loader {
     std::size_t index = 0;
     for (const auto& [text, at] : strings(value, "acceptEnv", field)) {
       const std::string where = field + ".acceptEnv[" + std::to_string(index++) + "]";
-      if (text.empty())
-        problem(*at, where, "acceptEnv values cannot be empty", "\"LANG\", \"GIT_*\", \"CUSTOM_VAR_?\"");
-      else
-        read.rule.accept_env.emplace_back(text);
+      if (text.empty()) problem(*at, where, "acceptEnv values cannot be empty", "\"LANG\", \"GIT_*\", \"CUSTOM_VAR_?\"");
+      else read.rule.accept_env.emplace_back(text);
     }
     recorder(value, read);
     rules_.push_back(std::move(read));
@@ -580,19 +568,15 @@ class Loader {
   /// Sources and destinations that may not stand in one rule (headscale hscontrol/policy/v2/types.go, after the service's answers).
   void combinations(const Value& value, const ReadRule& read) {
     if (read.src.empty()) return;  // matches nobody
-    const auto has = [&](What what) {
-      return std::any_of(read.src.begin(), read.src.end(), [&](const Principal& p) { return p.what == what; });
-    };
+    const auto has = [&](What what) { return std::any_of(read.src.begin(), read.src.end(), [&](const Principal& p) { return p.what == what; }); };
     const bool tags = has(What::tag) || has(What::tagged);
     const Member* dst = value.find("dst");
     for (const auto& p : read.dst) {
       const auto refuse = [&](std::string message, std::string hint) { problem(dst->value, read.field + ".dst", std::move(message), std::move(hint)); };
       if (p.what == What::user) {
         const bool same = std::all_of(read.src.begin(), read.src.end(), [&](const Principal& s) { return s.what == What::user && s.name == p.name; });
-        if (tags)
-          refuse("tags in SSH source cannot access user-owned devices", "tags may reach tags");
-        else if (!same)
-          refuse("users in dst are only allowed from the same user", "write autogroup:self for everybody's own devices");
+        if (tags) refuse("tags in SSH source cannot access user-owned devices", "tags may reach tags");
+        else if (!same) refuse("users in dst are only allowed from the same user", "write autogroup:self for everybody's own devices");
       } else if (p.what == What::self && tags) {
         refuse("autogroup:self destination requires source to contain only users or groups, not tags or autogroup:tagged", "split the rule");
       } else if (p.what == What::member && tags) {
@@ -636,14 +620,10 @@ class Loader {
     for (const auto& [raw, at] : tags) {
       const std::string where = field + "[" + std::to_string(index++) + "]";
       const auto text = trimmed(raw);
-      if (text.substr(0, 4) != "tag:")
-        problem(*at, where, "invalid recorder " + json_quoted(text), "\"recorder\": [\"tag:recorder\"]");
-      else if (tags_.find(text) == tags_.end())
-        problem(*at, where, "tag not found: " + json_quoted(text), "define it in tagOwners");
-      else if (index > 1)
-        problem(*at, where, "a rule takes one recorder tag", "give all recorder nodes the same tag");
-      else
-        read.rule.recorder_tag = text;
+      if (text.substr(0, 4) != "tag:") problem(*at, where, "invalid recorder " + json_quoted(text), "\"recorder\": [\"tag:recorder\"]");
+      else if (tags_.find(text) == tags_.end()) problem(*at, where, "tag not found: " + json_quoted(text), "define it in tagOwners");
+      else if (index > 1) problem(*at, where, "a rule takes one recorder tag", "give all recorder nodes the same tag");
+      else read.rule.recorder_tag = text;
     }
     const Member* enforce = value.find("enforceRecorder");
     if (enforce == nullptr || enforce->value.kind == Kind::null) return;
@@ -693,8 +673,7 @@ class Loader {
       if (const auto it = known.find(p.name); it != known.end()) return it->second;
       RuleSet set = always;
       for (const auto* list : {&side.member, &side.self}) list->add_to(set, is_open());
-      if (p.what == What::user)
-        add_user(set, p.name);
+      if (p.what == What::user) add_user(set, p.name);
       else
         for (const auto& login : group_members[policy.groups.find(p.name)->second]) add_user(set, login);
       return known.emplace(p.name, std::move(set)).first->second;

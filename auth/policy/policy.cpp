@@ -15,8 +15,7 @@ bool is_member(const Node& node) noexcept { return !node.tagged() && !node.login
 /// The rules whose `side` takes `node`. `addresses`: those of the node that the rules' prefixes are held against; `own`: the
 /// other side is a device of the same user.
 template <class Addresses, class IsOpen>
-RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, const Node& node, const Addresses& addresses, bool own,
-                  const IsOpen& is_open) {
+RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, const Node& node, const Addresses& addresses, bool own, const IsOpen& is_open) {
   RuleSet set{rules};
   side.everyone.add_to(set, is_open);
   if (node.tagged()) {  // a tagged node has no user, whatever else is known of it
@@ -52,9 +51,8 @@ bool is_foreign_user_name(std::string_view name) noexcept {
       continue;
     }
     foreign = true;
-    if (c <= 0xa0 || c == 0xad || c == 0x61c || c == 0x1680 || c == 0x180e || (c >= 0x2000 && c <= 0x200f) ||
-        (c >= 0x2028 && c <= 0x202f) || (c >= 0x205f && c <= 0x206f) || c == 0x3000 || (c >= 0xd800 && c <= 0xf8ff) || c == 0xfeff ||
-        (c >= 0xfff0 && c <= 0xffff) || c >= 0xe0000)
+    if (c <= 0xa0 || c == 0xad || c == 0x61c || c == 0x1680 || c == 0x180e || (c >= 0x2000 && c <= 0x200f) || (c >= 0x2028 && c <= 0x202f) ||
+        (c >= 0x205f && c <= 0x206f) || c == 0x3000 || (c >= 0xd800 && c <= 0xf8ff) || c == 0xfeff || (c >= 0xfff0 && c <= 0xffff) || c >= 0xe0000)
       return false;
   }
   return foreign;
@@ -116,8 +114,7 @@ PrefixRules::Key PrefixRules::key(const Address& address, unsigned length) noexc
 }
 
 PortedRules& PrefixRules::at(const Prefix& prefix) {
-  auto table = std::find_if(tables_.begin(), tables_.end(),
-                            [&](const Table& t) { return t.v4 == prefix.address.v4() && t.length == prefix.length; });
+  auto table = std::find_if(tables_.begin(), tables_.end(), [&](const Table& t) { return t.v4 == prefix.address.v4() && t.length == prefix.length; });
   if (table == tables_.end()) table = tables_.insert(table, Table{prefix.address.v4(), prefix.length, {}});
   return table->rules[key(prefix.address, prefix.length)];
 }
@@ -204,9 +201,8 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
     if (node.addresses.empty() || std::find(node.tags.begin(), node.tags.end(), rule.recorder_tag) == node.tags.end()) continue;
     recorders.emplace_back(*std::min_element(node.addresses.begin(), node.addresses.end()), &node);
   }
-  std::sort(recorders.begin(), recorders.end(), [](const auto& a, const auto& b) {
-    return a.first != b.first ? a.first < b.first : a.second->id < b.second->id;
-  });
+  std::sort(recorders.begin(), recorders.end(),
+            [](const auto& a, const auto& b) { return a.first != b.first ? a.first < b.first : a.second->id < b.second->id; });
   for (const auto& [lowest, node] : recorders) verdict.recorders.push_back(*node);
   return verdict;
 }

@@ -30,12 +30,12 @@ enum class Denial {
 struct Verdict {
   Outcome outcome = Outcome::deny;
   Denial denial = Denial::no_rule;
-  Place rule;              ///< the ssh rule that decided; line 0 when none did
-  std::string local_user;  ///< the account
-  std::vector<std::string> accept_env;     ///< globs, as written
-  std::vector<Node> recorders;             ///< nodes that carry the rule's recorder tag, sorted by their lowest address
-  std::string recorder_tag;                ///< "tag:recorder" of the rule; empty: no recording
-  bool record = false;                     ///< the rule names a recorder tag (even when no node carries it)
+  Place rule;                           ///< the ssh rule that decided; line 0 when none did
+  std::string local_user;               ///< the account
+  std::vector<std::string> accept_env;  ///< globs, as written
+  std::vector<Node> recorders;          ///< nodes that carry the rule's recorder tag, sorted by their lowest address
+  std::string recorder_tag;             ///< "tag:recorder" of the rule; empty: no recording
+  bool record = false;                  ///< the rule names a recorder tag (even when no node carries it)
   bool enforce_recorder = false;
 
   bool operator==(const Verdict&) const = delete;

@@ -53,7 +53,8 @@ std::optional<Node> who(Provider& provider, const std::string& address) {
 }  // namespace
 
 TEST_CASE("nodes are read with their addresses, users and tags", "[auth][identity]") {
-  const auto network = parse_static_nodes(alice + "[[node]]\nname = \"server\"\nid = \"n7\"\naddresses = [\"127.0.0.2\", \"::1\", \"::ffff:127.0.0.3\"]\ntags = [\"tag:z\", \"tag:a\"]\n", "n");
+  const auto network = parse_static_nodes(
+      alice + "[[node]]\nname = \"server\"\nid = \"n7\"\naddresses = [\"127.0.0.2\", \"::1\", \"::ffff:127.0.0.3\"]\ntags = [\"tag:z\", \"tag:a\"]\n", "n");
   REQUIRE(network);
   REQUIRE(network->nodes.size() == 2);
   CHECK(network->nodes[0].id == "alice");
@@ -74,11 +75,13 @@ TEST_CASE("what is wrong in the file of nodes is told with its place, all at onc
   CHECK(problems_of("node = [1]\n") == Lines{"n:1:9: node[0]: must be a table, not an integer"});
   CHECK(problems_of(alice + "  adresses = []\n") == Lines{"n:5:3: node[0].adresses: unknown key \"adresses\""});
   CHECK(problems_of(alice + "tags = [\"tag:x\"]\n") == Lines{"n:1:1: node[0]: a node has a user or tags, not both"});
-  CHECK(problems_of("[[node]]\n") == Lines{"n:1:1: node[0]: name is missing", "n:1:1: node[0]: addresses is missing", "n:1:1: node[0]: user or tags is missing"});
+  CHECK(problems_of("[[node]]\n") ==
+        Lines{"n:1:1: node[0]: name is missing", "n:1:1: node[0]: addresses is missing", "n:1:1: node[0]: user or tags is missing"});
   CHECK(problems_of("[[node]]\nname = 5\naddresses = \"127.0.0.1\"\nuser = \"bob\"\n") ==
         Lines{"n:2:8: node[0].name: must be a string, not an integer", "n:3:13: node[0].addresses: must be an array of strings, not a string",
               "n:4:8: node[0].user: a user must be written name@domain"});
-  CHECK(problems_of("[[node]]\nname = \"\u00e4\"\naddresses = [ \"\u00e4\", \"10.0.0.0/8\", 7, \"localhost\"]\ntags = [\"tag:x\", \"tag:x\", \"y\", \"tag:1\"]\n") ==
+  CHECK(problems_of(
+            "[[node]]\nname = \"\u00e4\"\naddresses = [ \"\u00e4\", \"10.0.0.0/8\", 7, \"localhost\"]\ntags = [\"tag:x\", \"tag:x\", \"y\", \"tag:1\"]\n") ==
         Lines{"n:3:15: node[0].addresses[0]: not an IP address: \"\\xc3\\xa4\"", "n:3:21: node[0].addresses[1]: not an IP address: \"10.0.0.0/8\"",
               "n:3:35: node[0].addresses[2]: must be a string, not an integer", "n:3:38: node[0].addresses[2]: not an IP address: \"localhost\"",
               "n:4:18: node[0].tags[1]: the tag tag:x is named twice", "n:4:27: node[0].tags[2]: \"y\": tags must start with 'tag:'",
@@ -93,15 +96,16 @@ TEST_CASE("what is wrong in the file of nodes is told with its place, all at onc
 
 TEST_CASE("a name, an id and an address belong to one node", "[auth][identity]") {
   const auto other = [](const std::string& name, const std::string& id, const std::string& address) {
-    return problems_of(alice + "[[node]]\nname = \"" + name + "\"\n" + (id.empty() ? "" : "id = \"" + id + "\"\n") + "addresses = [\"" + address + "\"]\nuser = \"bob@example.com\"\n");
+    return problems_of(alice + "[[node]]\nname = \"" + name + "\"\n" + (id.empty() ? "" : "id = \"" + id + "\"\n") + "addresses = [\"" + address +
+                       "\"]\nuser = \"bob@example.com\"\n");
   };
   CHECK(other("bob", "", "127.0.1.2").empty());
   CHECK(other("alice", "", "127.0.1.2") == Lines{"n:6:8: node[1].name: another node has the name \"alice\""});
   CHECK(other("bob", "alice", "127.0.1.2") == Lines{"n:7:6: node[1].id: another node has the id \"alice\""});
   CHECK(other("bob", "", "127.0.0.1") == Lines{"n:7:14: node[1].addresses[0]: the address 127.0.0.1 is named twice"});
   CHECK(other("bob", "", "::ffff:127.0.0.1") == Lines{"n:7:14: node[1].addresses[0]: the address 127.0.0.1 is named twice"});
-  CHECK(problems_of("[[node]]\nname = \"a\"\nid = \"b\"\naddresses = [\"127.0.0.1\"]\nuser = \"a@b\"\n[[node]]\nname = \"b\"\naddresses = [\"127.0.0.2\"]\nuser = \"a@b\"\n") ==
-        Lines{"n:7:8: node[1].id: another node has the id \"b\""});
+  CHECK(problems_of("[[node]]\nname = \"a\"\nid = \"b\"\naddresses = [\"127.0.0.1\"]\nuser = \"a@b\"\n[[node]]\nname = \"b\"\naddresses = "
+                    "[\"127.0.0.2\"]\nuser = \"a@b\"\n") == Lines{"n:7:8: node[1].id: another node has the id \"b\""});
 }
 
 TEST_CASE("an address is a node or a stranger", "[auth][identity]") {

@@ -46,8 +46,7 @@ TEST_CASE("comments and trailing commas are read, and every value keeps its plac
 }
 
 TEST_CASE("numbers, words and escapes are those of RFC 8259", "[auth][policy][hujson]") {
-  for (const char* good : {"0", "-0", "10", "1.5", "1e9", "-1.25E-3", "true", "false", "null", "[]", "{}", "\"\"", " [ ] "})
-    CHECK(problem_of(good) == "");
+  for (const char* good : {"0", "-0", "10", "1.5", "1e9", "-1.25E-3", "true", "false", "null", "[]", "{}", "\"\"", " [ ] "}) CHECK(problem_of(good) == "");
   for (const char* bad : {"01", "-", "+1", ".5", "1.", "1e", "tru", "True", "nulls", "nan", "'x'", "1 2", "", "// only a comment", "\v1"})
     CHECK(problem_of(bad) != "");
   CHECK(parsed(R"("\u0041\t\"\\\/\b\f\n\r \u00e9\ud83d\udeaa")").text == "A\t\"\\/\b\f\n\r \xc3\xa9\xf0\x9f\x9a\xaa");

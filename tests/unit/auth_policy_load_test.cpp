@@ -17,7 +17,8 @@ std::vector<std::string> problems_of(std::string_view text) {
 
 using Lines = std::vector<std::string>;
 
-const std::string head = R"({"groups": {"group:eng": ["alice@example.com"]}, "hosts": {"srv": "100.64.0.16"}, "tagOwners": {"tag:server": ["group:eng"], "tag:recorder": []},
+const std::string head =
+    R"({"groups": {"group:eng": ["alice@example.com"]}, "hosts": {"srv": "100.64.0.16"}, "tagOwners": {"tag:server": ["group:eng"], "tag:recorder": []},
 )";
 
 /// The problem of one ssh rule whose members are `rule`, without the place.
@@ -79,7 +80,8 @@ TEST_CASE("a flood of problems is cut with a count", "[auth][policy][load]") {
 }
 
 TEST_CASE("what is not understood yet is refused with its place, and passes only when it is empty", "[auth][policy][load]") {
-  for (const std::string name : {"autoApprovers", "nodeAttrs", "postures", "ipsets", "tests", "sshTests", "derpMap", "randomizeClientPort", "disableIPv4", "OneCGNATRoute", "defaultSrcPosture"}) {
+  for (const std::string name : {"autoApprovers", "nodeAttrs", "postures", "ipsets", "tests", "sshTests", "derpMap", "randomizeClientPort", "disableIPv4",
+                                 "OneCGNATRoute", "defaultSrcPosture"}) {
     INFO(name);
     CHECK(problems_of("{\"" + name + "\": [1]}") == Lines{"p:1:2: " + name + ": \"" + name + "\" is not supported yet"});
     CHECK(problems_of("{\"" + name + "\": null}").empty());
@@ -125,7 +127,8 @@ TEST_CASE("ssh rules are refused with the sentences of the real service", "[auth
     CHECK(ssh_problem(rule_with("src", fine)).empty());
     CHECK(ssh_problem(rule_with("dst", fine)).empty());
   }
-  for (const std::string fine : {"group:foo", "tag:foo", "autogroup:member", "autogroup:self", "localpart:", "localpart:foo", "localpart:*@", "\\troot", "\xd9\x85"})
+  for (const std::string fine :
+       {"group:foo", "tag:foo", "autogroup:member", "autogroup:self", "localpart:", "localpart:foo", "localpart:*@", "\\troot", "\xd9\x85"})
     CHECK(ssh_problem(rule_with("users", "[\"" + fine + "\"]")).empty());
 }
 
@@ -152,7 +155,8 @@ TEST_CASE("groups, hosts and tags are checked for form", "[auth][policy][load]")
   CHECK(problems_of(R"({"groups": {"group:a": ["alice"]}})") == Lines{"p:1:25: groups[\"group:a\"]: \"alice\": group members must be users"});
   CHECK(problems_of(R"({"groups": {"group:a": ["tag:x"]}})").size() == 1);
   CHECK(problems_of(R"({"groups": {"group:a": ["*@example.com"]}})").size() == 1);
-  CHECK(problems_of("{\"tagOwners\": {\"tag:\xc3\xa9\": []}}") == Lines{"p:1:16: tagOwners[\"tag:\xc3\xa9\"]: tag names must start with a letter, after 'tag:'"});
+  CHECK(problems_of("{\"tagOwners\": {\"tag:\xc3\xa9\": []}}") ==
+        Lines{"p:1:16: tagOwners[\"tag:\xc3\xa9\"]: tag names must start with a letter, after 'tag:'"});
   CHECK(problems_of(R"({"tagOwners": {"server": []}})").size() == 1);
   CHECK(problems_of(R"({"tagOwners": {"tag:a_b": []}})").size() == 1);
   CHECK(problems_of(R"({"tagOwners": {"tag:a": ["tag:b", "group:x", "bob"]}})").size() == 3);
@@ -165,7 +169,8 @@ TEST_CASE("network rules are checked for form", "[auth][policy][load]") {
   const auto acl = [](const std::string& dst, const std::string& more = "") {
     return network_problem("\"acls\": [{\"action\": \"accept\", \"src\": [\"*\"], \"dst\": [\"" + dst + "\"]" + more + "}]");
   };
-  for (const std::string fine : {"*:*", "tag:server:22", "srv:1-1024,22", "group:eng:*", "10.0.0.0/8:22", "fd7a::1:22", "[fd7a::1]:22", "autogroup:self:*", "autogroup:internet:*", "alice@example.com:22"})
+  for (const std::string fine : {"*:*", "tag:server:22", "srv:1-1024,22", "group:eng:*", "10.0.0.0/8:22", "fd7a::1:22", "[fd7a::1]:22", "autogroup:self:*",
+                                 "autogroup:internet:*", "alice@example.com:22"})
     CHECK(acl(fine).empty());
   for (const std::string bad : {"tag:server", "srv", "*", "*:", "*:0", "*:65536", "*:9-1", "*:ssh", "*:22,", "*:1-", "*:-5", "*:+5"}) {
     INFO(bad);
@@ -197,7 +202,8 @@ TEST_CASE("a rule takes one recorder tag, and must have it to be enforced", "[au
 
 TEST_CASE("an ssh rule that no network rule can ever open is told, others are not", "[auth][policy][load]") {
   const auto warnings = [](const std::string& network, const std::string& src = "\"group:eng\"", const std::string& dst = "\"tag:server\"") {
-    const auto policy = Policy::load(head + network + "\"ssh\": [\n{\"action\": \"accept\", \"src\": [" + src + "], \"dst\": [" + dst + "], \"users\": [\"root\"]}]}", "p");
+    const auto policy =
+        Policy::load(head + network + "\"ssh\": [\n{\"action\": \"accept\", \"src\": [" + src + "], \"dst\": [" + dst + "], \"users\": [\"root\"]}]}", "p");
     if (!policy) FAIL(policy.error().front().text());
     Lines out;
     for (const auto& w : policy->warnings()) out.push_back(w.place.text() + ": " + w.message);
@@ -205,7 +211,9 @@ TEST_CASE("an ssh rule that no network rule can ever open is told, others are no
   };
   CHECK(warnings("") == Lines{"p:2:1: the file has no acl and no grant, so nothing opens port 22"});
   const Lines unreachable{"p:3:1: no acl or grant opens port 22 for this rule"};
-  const auto acl = [](const std::string& src, const std::string& dst) { return "\"acls\": [{\"action\": \"accept\", \"src\": [\"" + src + "\"], \"dst\": [\"" + dst + "\"]}],"; };
+  const auto acl = [](const std::string& src, const std::string& dst) {
+    return "\"acls\": [{\"action\": \"accept\", \"src\": [\"" + src + "\"], \"dst\": [\"" + dst + "\"]}],";
+  };
   CHECK(warnings(acl("*", "tag:server:80")) == unreachable);
   CHECK(warnings(acl("*", "autogroup:self:22")) == unreachable);
   CHECK(warnings(acl("bob@example.com", "*:*")) == unreachable);
@@ -217,7 +225,9 @@ TEST_CASE("an ssh rule that no network rule can ever open is told, others are no
 }
 
 TEST_CASE("a user name that no account can have is told", "[auth][policy][load]") {
-  const auto policy = Policy::load(head + "\"ssh\": [{" + rule_with("users", "[\"root\", \"0\", \"group:x\", \"deploy\", \"\xd9\x85\"]") + "}], \"grants\": [{\"src\": [\"*\"], \"dst\": [\"*\"], \"ip\": [\"*\"]}]}", "p");
+  const auto policy = Policy::load(head + "\"ssh\": [{" + rule_with("users", "[\"root\", \"0\", \"group:x\", \"deploy\", \"\xd9\x85\"]") +
+                                       "}], \"grants\": [{\"src\": [\"*\"], \"dst\": [\"*\"], \"ip\": [\"*\"]}]}",
+                                   "p");
   REQUIRE(policy);
   REQUIRE(policy->warnings().size() == 2);
   CHECK(policy->warnings()[0].message == "\"0\" can never be the name of a local account");

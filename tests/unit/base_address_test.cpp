@@ -17,7 +17,9 @@ TEST_CASE("addresses are numbers only", "[base][address]") {
     REQUIRE(Address::parse(good));
     CHECK(Address::parse(good)->text() == good);
   }
-  for (const char* bad : {"", " 127.0.0.1", "127.0.0.1 ", "127.0.0", "127.0.0.256", "0127.0.0.1", "127.1", "localhost", "[::1]", "fe80::1%lo", "::1/128", "1::2::3", "12345::"}) CHECK_FALSE(Address::parse(bad));
+  for (const char* bad :
+       {"", " 127.0.0.1", "127.0.0.1 ", "127.0.0", "127.0.0.256", "0127.0.0.1", "127.1", "localhost", "[::1]", "fe80::1%lo", "::1/128", "1::2::3", "12345::"})
+    CHECK_FALSE(Address::parse(bad));
   CHECK_FALSE(Address::parse(std::string_view{"127.0.0.1\0x", 11}));
 }
 
@@ -60,7 +62,8 @@ TEST_CASE("a prefix holds what its bits say, in its own family", "[base][address
   CHECK(holds("fd7a:115c:a1e0::/48", "fd7a:115c:a1e0:ffff::1"));
   CHECK_FALSE(holds("fd7a:115c:a1e0::/48", "fd7a:115c:a1e1::1"));
   CHECK(holds("::1/128", "::1"));
-  for (const char* bad : {"1.2.3.4/", "1.2.3.4/33", "::/129", "1.2.3.4/-1", "1.2.3.4/08", "1.2.3.4/8/8", "/8", "x/8", "1.2.3.4/ 8"}) CHECK_FALSE(Prefix::parse(bad));
+  for (const char* bad : {"1.2.3.4/", "1.2.3.4/33", "::/129", "1.2.3.4/-1", "1.2.3.4/08", "1.2.3.4/8/8", "/8", "x/8", "1.2.3.4/ 8"})
+    CHECK_FALSE(Prefix::parse(bad));
   CHECK(Prefix::parse("10.0.0.0/8")->text() == "10.0.0.0/8");
 }
 
@@ -75,7 +78,8 @@ TEST_CASE("an end point is an address with a port or the default", "[base][addre
   CHECK(text("[::1]") == "[::1]:22");
   CHECK(text("::1") == "[::1]:22");
   CHECK(text("127.0.0.2:0") == "127.0.0.2:0");
-  for (const char* bad : {"", ":22", "127.0.0.2:", "127.0.0.2:65536", "127.0.0.2:x", "127.0.0.2:022", "[::1", "[::1]22", "[::1]:", "host:22", "127.0.0.2:22:22"}) {
+  for (const char* bad :
+       {"", ":22", "127.0.0.2:", "127.0.0.2:65536", "127.0.0.2:x", "127.0.0.2:022", "[::1", "[::1]22", "[::1]:", "host:22", "127.0.0.2:22:22"}) {
     INFO(bad);
     CHECK(text(bad) == "");
   }
@@ -85,5 +89,6 @@ TEST_CASE("tags and logins are checked for form", "[base][node]") {
   for (const char* good : {"tag:server", "tag:a-1", "tag:A"}) CHECK(problem_of_tag(good).empty());
   for (const char* bad : {"", "server", "tag:", "tag:1", "tag:-a", "tag:a_b", "tag:a b", "TAG:a"}) CHECK_FALSE(problem_of_tag(bad).empty());
   for (const char* good : {"alice@example.com", "a@github", "alice@", "d.v+x@e.org"}) CHECK(problem_of_login(good).empty());
-  for (const char* bad : {"", "alice", "@example.com", "a@b@c", "a b@c", "*@example.com", "group:a@b", "a@b/c", "a@b\n"}) CHECK_FALSE(problem_of_login(bad).empty());
+  for (const char* bad : {"", "alice", "@example.com", "a@b@c", "a b@c", "*@example.com", "group:a@b", "a@b/c", "a@b\n"})
+    CHECK_FALSE(problem_of_login(bad).empty());
 }

@@ -29,7 +29,8 @@ TEST_CASE("one id has one text: everything else is refused", "[base][id]") {
   CHECK(Id::parse(zero));
   for (const char last : {'b', 'c', 'd', 'f'}) CHECK_FALSE(Id::parse(zero.substr(0, 25) + last));  // spare bits set
   CHECK(Id::parse(zero.substr(0, 25) + 'e'));
-  for (const std::string& bad : {std::string{}, zero.substr(1), zero + "a", "A" + zero.substr(1), "1" + zero.substr(1), "=" + zero.substr(1), "/" + zero.substr(1), std::string(1, '\0') + zero.substr(1)})
+  for (const std::string& bad : {std::string{}, zero.substr(1), zero + "a", "A" + zero.substr(1), "1" + zero.substr(1), "=" + zero.substr(1),
+                                 "/" + zero.substr(1), std::string(1, '\0') + zero.substr(1)})
     CHECK_FALSE(Id::parse(bad));
 }
 
