@@ -197,7 +197,12 @@ bool SessionProcess::on_grant(Message& m) {
     if (!ready.text.set("The account changed while you logged in.")) ready.text.length = 0;
   } else if (auto account = check_account(); !account) {
     spdlog::warn("event=account_refused connection={} reason=\"{}\"", facts_.id().text(), account.error().doing);
-    if (!ready.text.set(std::string_view{account.error().user_message}.substr(0, 512))) ready.text.length = 0;
+    // What a module said (pam_nologin: why) tells more than our sentence; one line of it.
+    std::string said = pam_ ? pam_->take_texts() : std::string{};
+    said = said.substr(0, said.find('\n'));
+    while (!said.empty() && (said.back() == '\r' || said.back() == ' ')) said.pop_back();
+    if (said.empty()) said = account.error().user_message;
+    if (!ready.text.set(std::string_view{said}.substr(0, 512))) ready.text.length = 0;
   } else {
     ready.ok = 1;
   }

@@ -24,8 +24,8 @@ inline constexpr std::uint64_t recording_window_bytes = 16 * 1024 * 1024;
 inline constexpr std::chrono::milliseconds recording_window_time{5'000};
 /// Read from the program and not shown yet; more than that and it is not read.
 inline constexpr std::size_t most_unreleased = 1024 * 1024;
-/// One read, and the least room worth one.
-inline constexpr std::size_t largest_read = 64 * 1024;
+/// One read (encoded text of it fits one frame of the relay link, 64 KiB), and the least room worth one.
+inline constexpr std::size_t largest_read = 60 * 1024;
 inline constexpr std::size_t least_room = 16 * 1024;
 /// The relay took bytes and answers nothing: it counts as away. On this host write(2) takes microseconds.
 inline constexpr std::chrono::milliseconds written_stall{2'000};

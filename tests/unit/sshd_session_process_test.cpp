@@ -883,3 +883,40 @@ TEST_CASE("descriptors do not pile up over many sessions", "[session]") {
   for (std::uint32_t i = 1; i < 40; i++) run(h, i, "true");
   CHECK(eventually([&] { return count_fds(h.session_pid) <= before; }));
 }
+
+// Not part of the suite: sshd_session_test "[.speed]" prints what one session costs between stand-ins.
+TEST_CASE("speed of recorded output", "[.speed]") {
+  TestUser user;
+  Harness h;
+  StandInRelay relay{h.folder.path + "/relay.sock"};
+  const bool recorded = GENERATE(false, true);
+  h.facts.record = recorded ? 1 : 0;
+  h.log_in(user);
+  const bool terminal = GENERATE(false, true);
+  REQUIRE(h.open(0));
+  if (terminal) REQUIRE(h.pty(0));
+  constexpr std::size_t size = 256 * 1024 * 1024;
+  const auto begin = std::chrono::steady_clock::now();
+  auto r = h.start(0, ch::StartKind::exec, (terminal ? "stty raw; " : "") + std::string{"yes 0123456789abcdefghijklmnopqrstuvwxyz | head -c "} + std::to_string(size));
+  REQUIRE(r);
+  const int out = r->combined ? r->combined.get() : r->output.get();
+  std::size_t got = 0;
+  std::vector<char> buffer(256 * 1024);
+  while (got < size) {
+    pollfd p{out, POLLIN, 0};
+    ::poll(&p, 1, 5000);
+    const ssize_t n = ::read(out, buffer.data(), buffer.size());
+    if (n <= 0 && errno != EAGAIN) break;
+    if (n > 0) got += static_cast<std::size_t>(n);
+  }
+  const auto seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  const auto stat = read_whole("/proc/" + std::to_string(h.session_pid) + "/stat");
+  std::istringstream rest{stat.substr(stat.rfind(')') + 2)};
+  std::string word;
+  for (int i = 3; i < 14; i++) rest >> word;
+  double user_ticks = 0, system_ticks = 0;
+  rest >> user_ticks >> system_ticks;
+  std::printf("%s %s: %.0f MiB/s; the session's CPU: user %.2f s, system %.2f s\n", terminal ? "terminal" : "pipe",
+              recorded ? "recorded" : "unrecorded",
+              static_cast<double>(got) / 1048576 / seconds, user_ticks / 100, system_ticks / 100);
+}
