@@ -714,7 +714,7 @@ void Relay::on_refused(const RecordingPtr& r, Node& n, const Upload::Refused& wh
     open_at(n, r, attempt);
     return;
   }
-  const bool for_good = why.code == "conflict" || why.code == "io_error" || why.code == "not_yours" || why.code == "too_large" || why.code == "bad_request";
+  const bool for_good = why.code == "conflict" || why.code == "io_error" || why.code == "not_yours" || why.code == "too_large" || (why.code == "bad_request" && why.status == 400);
   if (for_good) spdlog::error("event=recording_unwelcome recording={} recorder={} code={}", id, n.name, postern::quoted(why.code, 32));
   drop_upload(*r, why.code != "conflict" && why.code != "not_yours");
   failover_.refused(r->key, n.index, for_good ? Failover::Refusal::for_good : Failover::Refusal::for_now);

@@ -1,7 +1,6 @@
 #include "recorder/relay/upload.h"
 
-#include <nlohmann/json.hpp>
-#include <spdlog/spdlog.h>
+#include "recorder/wire/messages.h"
 
 #include <algorithm>
 #include <utility>
@@ -9,22 +8,7 @@
 namespace postern::recorder::relay {
 namespace {
 
-using Json = nlohmann::json;
 using Ending = journal::Meta::Ending;
-
-constexpr std::size_t longest_line = 16'384;
-
-std::string dump(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
-
-std::uint64_t number(const Json& json, const char* name) {
-  const auto it = json.find(name);
-  return it != json.end() && it->is_number_unsigned() ? it->get<std::uint64_t>() : 0;
-}
-
-std::string text(const Json& json, const char* name) {
-  const auto it = json.find(name);
-  return it != json.end() && it->is_string() ? it->get<std::string>() : std::string{};
-}
 
 }  // namespace
 
@@ -37,9 +21,7 @@ void Upload::start(std::unique_ptr<Stream> stream, Clock::time_point now) {
   phase_ = Phase::opening;
   target_ = entry_->length();
   progress();
-  const Json open{{"open", 1},        {"id", entry_->meta().recording.text()}, {"epoch", epoch_},   {"relay", relay_name_.substr(0, 255)},
-                  {"chain", 1},       {"from", 0},                             {"length", target_}, {"signature", ""}};
-  stream_->send(dump(open) + "\n");
+  stream_->send(wire::format(wire::OpenLine{entry_->meta().recording, epoch_, relay_name_.substr(0, 255), 0, target_, ""}));
 }
 
 /// Starts the clock of waiting_since() when something waits and it does not run, stops it when nothing does.
@@ -89,91 +71,88 @@ void Upload::on_status(int status) { status_ = status; }
 void Upload::on_data(std::string_view bytes, Clock::time_point now) {
   const auto self = shared_from_this();
   now_ = now;
-  while (!bytes.empty() && phase_ != Phase::over) {
-    const auto end = bytes.find('\n');
-    partial_ += bytes.substr(0, end);
-    if (partial_.size() > longest_line) return fail({"", status_, 0, "a line that is too long"});
-    if (end == std::string_view::npos) return;
-    bytes.remove_prefix(end + 1);
-    line(std::exchange(partial_, {}));
+  if (phase_ == Phase::over) return;
+  if (status_ != 200) {
+    if (error_body_.size() < wire::max_line) error_body_ += bytes;
+    return;
   }
+  const auto fed = lines_.feed(bytes, [&](std::string_view text) {
+    if (phase_ == Phase::opening)
+      answer(text);
+    else
+      reply(text);
+    return phase_ != Phase::over;
+  });
+  if (!fed && phase_ != Phase::over) fail({"", status_, 0, fed.error().doing});
 }
 
 void Upload::on_over(const std::string& why, bool refused_unseen) {
   if (phase_ == Phase::over) return;
-  if (!partial_.empty()) {
-    const auto self = shared_from_this();
-    line(std::exchange(partial_, {}));  // an error body whose line has no end
-    if (phase_ == Phase::over) return;
+  if (status_ != 0 && status_ != 200) {
+    const auto error = wire::parse_error_body(error_body_, status_);
+    return fail({std::string{wire::name(error.code)}, status_, error.epoch, error.error});
   }
   fail({refused_unseen ? "not_accepting" : "", status_, 0, why});
 }
 
-void Upload::line(std::string_view textline) {
-  const Json json = Json::parse(textline.begin(), textline.end(), nullptr, false);
-  if (!json.is_object()) return fail({"", status_, 0, "a line that is no JSON object"});
-  if (json.contains("error") || status_ != 200) return fail({text(json, "code"), status_, number(json, "epoch"), text(json, "error")});
-  if (phase_ == Phase::opening) return answer(textline);
-  if (json.contains("ack")) {
-    const std::uint64_t n = number(json, "ack");
+void Upload::reply(std::string_view text) {
+  const auto parsed = wire::parse_upload_reply(text);
+  if (!parsed) return fail({"", status_, 0, parsed.error().doing});
+  using Kind = wire::UploadReply::Kind;
+  if (parsed->kind == Kind::error) return fail({std::string{wire::name(parsed->error.code)}, status_, parsed->error.epoch, parsed->error.error});
+  if (parsed->kind == Kind::ack) {
+    const std::uint64_t n = parsed->offset;
     if (n > next_) return fail({"", status_, 0, "it acked bytes that it was not sent"});
-    if (n > acked_) {
-      acked_ = n;
-      waiting_.reset();
-      progress();
-      handlers_.acked(n);
-      if (phase_ == Phase::over) return;
-      if (!caught_up_ && acked_ >= target_) {
-        caught_up_ = true;
-        handlers_.caught_up();
-      }
-    }
+    if (n <= acked_) return;
+    acked_ = n;
+    waiting_.reset();
+    progress();
+    handlers_.acked(n);
+    if (phase_ != Phase::over) check_caught_up();
     return;
   }
-  const bool whole = json.contains("whole"), cut = json.contains("cut");
-  if (!whole && !cut) return;  // a later version's line
   const auto& meta = entry_->meta();
-  if (phase_ != Phase::ending || whole != (meta.ending == Ending::ended)) return fail({"", status_, 0, "an end that was not asked for"});
-  if (whole && text(json, "whole") != meta.head) return fail({"conflict", status_, 0, "it has another head at the end"});
-  if (cut && number(json, "length") < meta.length) return fail({"", status_, 0, "it marked less as cut than it was sent"});
+  const bool cut = parsed->kind == Kind::cut;
+  if (phase_ != Phase::ending || cut != (meta.ending == Ending::cut)) return fail({"", status_, 0, "an end that was not asked for"});
+  if (!cut && parsed->head != meta.head) return fail({"conflict", status_, 0, "it has another head at the end"});
+  if (cut && parsed->offset < meta.length) return fail({"", status_, 0, "it marked less as cut than it was sent"});
   phase_ = Phase::over;
   waiting_.reset();
   handlers_.stored(cut);
 }
 
-void Upload::answer(std::string_view textline) {
-  const Json json = Json::parse(textline.begin(), textline.end(), nullptr, false);
-  const auto ranges = json.find("ranges");
-  const auto is_range = [](const Json& r) { return r.is_array() && r.size() == 2 && r[0].is_number_unsigned() && r[1].is_number_unsigned(); };
-  if (ranges == json.end() || !ranges->is_array() || ranges->size() != 1 || !is_range((*ranges)[0]) || (*ranges)[0][0] != 0)
-    return fail({"", status_, 0, "an answer that makes no sense"});
-  if (text(json, "ack") != "disk") return fail({"", status_, 0, "its acks mean something that this relay does not know"});
-  const auto n = (*ranges)[0][1].get<std::uint64_t>();
-  const std::string head = text(json, "head");
-  const bool whole = text(json, "state") == "whole";
-  std::optional<std::pair<std::uint64_t, std::string>> proven;
-  if (const auto p = json.find("proven"); p != json.end() && p->is_object()) proven = {number(*p, "offset"), text(*p, "head")};
+void Upload::check_caught_up() {
+  if (caught_up_ || acked_ < target_) return;
+  caught_up_ = true;
+  handlers_.caught_up();
+}
+
+void Upload::answer(std::string_view text) {
+  const auto parsed = wire::parse_answer(text);
+  if (!parsed) {
+    const auto reply = wire::parse_upload_reply(text);
+    if (reply && reply->kind == wire::UploadReply::Kind::error)
+      return fail({std::string{wire::name(reply->error.code)}, status_, reply->error.epoch, reply->error.error});
+    return fail({"", status_, 0, parsed.error().doing});
+  }
+  if (parsed->ack != "disk") return fail({"", status_, 0, "its acks mean something that this relay does not know"});
+  const std::uint64_t n = parsed->have;
+  const bool whole = parsed->state == "whole";
 
   phase_ = Phase::comparing;
   progress();
   // In the order of the protocol's page, "What the relay does with it".
-  const auto second = [this, n, proven] {
-    if (proven && proven->first < n && proven->first <= entry_->length())
-      return compare(proven->first, proven->second, [this, n, m = proven->first](bool equal) { equal ? go_on(m) : conflict(n); });
-    const auto& meta = entry_->meta();
-    if (n > entry_->length() && meta.ending == Ending::cut) {
+  const auto second = [this, n, proven = parsed->proven] {
+    if (proven && proven->offset < n && proven->offset <= entry_->length())
+      return compare(proven->offset, proven->head, [this, n, m = proven->offset](bool equal) { equal ? go_on(m) : conflict(n); });
+    if (n > entry_->length() && entry_->meta().ending == Ending::cut) {
       // This host lost its tail (its power, for instance) and the session is dead: the recorder's longer copy is the better one.
-      phase_ = Phase::streaming;
-      next_ = entry_->length();
-      acked_ = next_;
-      handlers_.opened();
-      if (phase_ == Phase::streaming) pump();
-      return;
+      return go_on(entry_->length());
     }
     conflict(n);
   };
   if (n > entry_->length()) return second();
-  compare(n, head, [this, n, whole, second](bool equal) {
+  compare(n, parsed->head, [this, n, whole, second](bool equal) {
     if (!equal) return second();
     if (!whole) return go_on(n);
     const auto& meta = entry_->meta();
@@ -203,10 +182,7 @@ void Upload::go_on(std::uint64_t n) {
   if (phase_ == Phase::over) return;
   if (n > 0) handlers_.acked(n);
   if (phase_ == Phase::over) return;
-  if (!caught_up_ && acked_ >= target_) {
-    caught_up_ = true;
-    handlers_.caught_up();
-  }
+  check_caught_up();
   if (phase_ != Phase::streaming) return;
   pump();
   progress();
@@ -217,7 +193,7 @@ void Upload::conflict(std::uint64_t n) {
     const auto self = weak.lock();
     if (!self || self->phase_ != Phase::comparing) return;
     if (ours) {
-      self->frame('F', n, dump(Json{{"offset", n}, {"head", cast::hex(*ours)}}));
+      self->stream_->send(wire::conflict_frame({n, cast::hex(*ours)}));
       self->stream_->finish();
       // The recorder marks its copy and ends the stream; nothing of that matters here any more, but a reset could overtake the frame.
       self->phase_ = Phase::over;
@@ -228,33 +204,20 @@ void Upload::conflict(std::uint64_t n) {
   });
 }
 
-void Upload::frame(char type, std::uint64_t offset, std::string_view payload) {
-  std::string out;
-  out.reserve(12 + payload.size());
-  out += type;
-  for (int shift = 16; shift >= 0; shift -= 8) out += static_cast<char>(payload.size() >> shift);
-  for (int shift = 56; shift >= 0; shift -= 8) out += static_cast<char>(offset >> shift);
-  out += payload;
-  stream_->send(std::move(out));
-}
-
 void Upload::pump() {
   while (next_ < entry_->length() && stream_->unsent() < ahead) {
     const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(piece, entry_->length() - next_));
-    std::string out(12 + n, '\0');
-    const auto have = entry_->read(next_, {out.data() + 12, n});
+    std::string out = wire::data_frame_header(next_, n);
+    out.resize(wire::frame_header_size + n);
+    const auto have = entry_->read(next_, {out.data() + wire::frame_header_size, n});
     if (!have || *have != n) return fail({"", status_, 0, have ? "the journal is shorter than it should be" : have.error().doing});
-    out[0] = 'D';
-    for (int i = 0; i < 3; i++) out[static_cast<std::size_t>(1 + i)] = static_cast<char>(n >> (16 - 8 * i));
-    for (int i = 0; i < 8; i++) out[static_cast<std::size_t>(4 + i)] = static_cast<char>(next_ >> (56 - 8 * i));
     stream_->send(std::move(out));
     next_ += n;
   }
   const auto& meta = entry_->meta();
   if (meta.ending == Ending::none || next_ < entry_->length()) return;
-  Json end{{"length", meta.length}, {"head", meta.head}, {"signature", meta.signature}};
-  if (meta.ending == Ending::cut) end["reason"] = meta.reason;
-  frame(meta.ending == Ending::ended ? 'E' : 'X', meta.length, dump(end));
+  const wire::EndFrame end{meta.length, meta.head, meta.reason, meta.signature};
+  stream_->send(meta.ending == Ending::ended ? wire::end_frame(end) : wire::cut_frame(end));
   stream_->finish();
   phase_ = Phase::ending;
   progress();

@@ -3,6 +3,7 @@
 #include "base/expected.h"
 #include "recorder/cast/chain.h"
 #include "recorder/journal/journal.h"
+#include "recorder/wire/messages.h"
 
 #include <chrono>
 #include <cstdint>
@@ -74,14 +75,14 @@ class Upload : public std::enable_shared_from_this<Upload> {
 
  private:
   enum class Phase { idle, opening, comparing, streaming, ending, over };
-  void line(std::string_view text);
+  void reply(std::string_view text);
+  void check_caught_up();
   void answer(std::string_view text);
   void compare(std::uint64_t n, const std::string& head, std::function<void(bool equal)> then);
   void go_on(std::uint64_t n);
   void conflict(std::uint64_t n);
   void pump();
   void fail(Refused refused);
-  void frame(char type, std::uint64_t offset, std::string_view payload);
   void progress();
 
   std::shared_ptr<journal::Entry> entry_;
@@ -92,7 +93,8 @@ class Upload : public std::enable_shared_from_this<Upload> {
   std::unique_ptr<Stream> stream_;
   Phase phase_ = Phase::idle;
   int status_ = 0;
-  std::string partial_;
+  wire::LineReader lines_;
+  std::string error_body_;
   std::uint64_t next_ = 0, acked_ = 0, target_ = 0;
   bool caught_up_ = false;
   std::optional<Clock::time_point> waiting_;
