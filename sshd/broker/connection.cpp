@@ -234,7 +234,7 @@ void Connection::on_net(Message message) {
 
 auth::policy::Verdict Connection::decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const {
   return broker_.policy().decide(broker_.provider().network(),
-                                 {.source = source, .source_address = peer_.address, .destination = destination, .ssh_user = ssh_user_, .uid = uid},
+                                 {.source = source, .source_address = peer_.address, .destination = destination, .ssh_user = ssh_user_, .uid = uid, .destination_address = local_.address},
                                  broker_.config().policy.require_network_rule);
 }
 
@@ -272,12 +272,14 @@ void Connection::watch_session() {
   session_->start([weak = weak_from_this()](Message m) { if (const auto self = weak.lock()) self->on_session(std::move(m)); },
                   [weak = weak_from_this()](const std::string& why) {
                     const auto self = weak.lock();
-                    if (self && !self->granted_) self->break_off("the session process: " + why);
+                    // Once denied, a session that ends must not take net with it: it still has the reason to show.
+                    if (self && !self->granted_ && self->phase_ != Phase::ending) self->break_off("the session process: " + why);
                   });
   session_watch_->async_wait(boost::asio::posix::descriptor_base::wait_read, [weak = weak_from_this()](boost::system::error_code ec) {
     const auto self = weak.lock();
     if (ec || !self || self->done_) return;
     self->session_pid_ = -1;
+    if (self->phase_ == Phase::ending && !self->granted_) return;
     if (!self->granted_) return self->break_off("the session process ended");
     self->kill_net();  // without a session there is nobody to serve it
     self->over();
