@@ -1,6 +1,7 @@
 #include "sshd/session/process.h"
 
 #include "pty/process_settings.h"
+#include "sshd/session/logins.h"
 
 #include <fcntl.h>
 #include <grp.h>
@@ -81,6 +82,7 @@ int SessionProcess::run() {
   channels_.clear();
   closing_.clear();
   if (tree_) tree_->let_go();
+  if (holder_) holder_->end();
   if (pam_) pam_->close();
   if (phase_ == Phase::leaving) event("connection_end", "connection=" + facts_.id().text());
   broker_.flush();
@@ -218,7 +220,7 @@ bool SessionProcess::on_grant(Message& m) {
   tree_ = std::make_unique<ProcessTree>(facts_.id().text(), as_root_);
   // In parallel with the client's next round trip, and before any of its channels is looked at.
   const bool opened = open_pam_session();
-  tree_->adopt_scope();
+  tree_->adopt_scope(holder_ ? holder_->pid() : ::getpid());
   const auto adopt_net = [this, &net] { net_.open(std::move(net)); };
   if (!opened) {
     adopt_net();
@@ -226,7 +228,13 @@ bool SessionProcess::on_grant(Message& m) {
     return true;
   }
   host_ = std::make_unique<ChannelHost>(ChannelHost{
-      poller_, facts_, user_, pam_environment_, user_settings_, pam_texts_, *tree_,
+      poller_, facts_, user_, pam_environment_, pam_texts_, *tree_,
+      [this](pty::Launch& what, const std::string& login_path) -> Expected<pid_t> {
+        if (holder_) return holder_->launch(what, login_path);
+        what.settings = user_settings_;
+        if (!login_path.empty()) what.before = [this, login_path] { record_login(facts_, user_.uid, login_path, ::getpid()); };
+        return pty::launch(what);
+      },
       [this](ch::Type type, std::span<const std::byte> body, std::vector<UniqueFd> fds) {
         net_.post(ch::version, static_cast<std::uint16_t>(type), body, std::move(fds));
       },
@@ -251,26 +259,37 @@ Expected<Done> SessionProcess::check_account() {
 }
 
 bool SessionProcess::open_pam_session() {
-  const auto own = pty::ProcessSettings::of_this_process();
-  sigset_t mask;
-  ::sigprocmask(SIG_SETMASK, nullptr, &mask);
-  if (const auto r = pam_->establish_credentials(); !r)  // no password was asked: sshd goes on, too (auth-pam.c do_pam_setcred)
-    spdlog::info("event=pam_no_credentials connection={} reason=\"{}\"", facts_.id().text(), r.error().doing);
-  const auto opened = pam_->open_session();
-  user_settings_ = pty::ProcessSettings::of_this_process();
-  user_.groups = current_groups();
-  if (!own.apply()) spdlog::warn("event=own_limits_not_restored connection={}", facts_.id().text());
-  ::sigprocmask(SIG_SETMASK, &mask, nullptr);
+  PamResult result;
+  bool known = false;
+  const auto modules = auth::pam::modules_of(std::string{facts_.pam_service.get()}, std::string{facts_.pam_confdir.get()}, known);
+  const bool limits = std::any_of(modules.begin(), modules.end(), [](const auto& m) { return m.ends_with("pam_limits.so"); });
+  if (limits && !can_raise_limits()) {
+    auto holder = PamHolder::start(
+        *pam_, [this](const std::string& path) { record_login(facts_, user_.uid, path, ::getpid()); }, result);
+    if (holder)
+      holder_ = std::move(*holder);
+    else
+      result.reason = holder.error().doing;
+  } else {
+    const auto own = pty::ProcessSettings::of_this_process();
+    sigset_t mask;
+    ::sigprocmask(SIG_SETMASK, nullptr, &mask);
+    result = open_pam(*pam_);
+    user_settings_ = pty::ProcessSettings::of_this_process();
+    if (!own.apply()) spdlog::warn("event=own_limits_not_restored connection={}", facts_.id().text());
+    ::sigprocmask(SIG_SETMASK, &mask, nullptr);
+  }
+  user_.groups = std::move(result.groups);
   if (as_root_ && ::setgroups(own_groups_.size(), own_groups_.data()) != 0)
     spdlog::warn("event=own_groups_not_restored connection={}", facts_.id().text());
-  if (!opened) {
-    spdlog::warn("event=pam_session_failed connection={} reason=\"{}\"", facts_.id().text(), opened.error().doing);
+  if (!result.opened) {
+    spdlog::warn("event=pam_session_failed connection={} reason=\"{}\"", facts_.id().text(), result.reason);
     event("pam_session_failed", "connection=" + facts_.id().text());
     // An ordinary user's PAM session lacks rights that modules take for granted; a module that changed the user is refused anyway.
-    if (as_root_ || !pam_->same_user()) return false;
+    if (as_root_ || !result.same_user) return false;
   }
-  pam_environment_ = pam_->environment();
-  pam_texts_ = pam_->take_texts();
+  pam_environment_ = std::move(result.environment);
+  pam_texts_ = std::move(result.texts);
   return true;
 }
 

@@ -161,6 +161,7 @@ class Accounts:
         self.users: list[str] = []
         self.groups: list[str] = []
         self.homes: list[pathlib.Path] = []
+        self._sweep_daemons()
         if IS_ROOT:
             self._sweep()
         tag = "".join(random.SystemRandom().choice(ALPHABET) for _ in range(5))
@@ -206,7 +207,7 @@ class Accounts:
         return self._user(name or "ptx" + "".join(random.SystemRandom().choice(ALPHABET) for _ in range(6)), **kw)
 
     def uids(self) -> set[int]:
-        return {pwd.getpwnam(u).pw_uid for u in self.users} if IS_ROOT else set()
+        return {pwd.getpwnam(u).pw_uid for u in self.users} - {0} if IS_ROOT else set()
 
     @staticmethod
     def _sweep():
@@ -218,6 +219,21 @@ class Accounts:
                     subprocess.run(["userdel", "-f", entry.pw_name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                     if entry.pw_dir.startswith("/tmp/postern-home-"):
                         shutil.rmtree(entry.pw_dir, ignore_errors=True)
+
+    @staticmethod
+    def _sweep_daemons():
+        """Daemons of a killed test run: their settings lie in a folder whose owner is dead."""
+        for folder in pathlib.Path("/tmp").glob("pt-*"):
+            with contextlib.suppress(OSError, ValueError):
+                if folder.stat().st_uid != os.geteuid() or os.path.exists(f"/proc/{int((folder / 'owner').read_text())}"):
+                    continue
+                table = processes()
+                for p in table.values():
+                    if f"--config {folder}/" in p.command:
+                        for victim in [p, *descendants(p.pid, table)]:
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(victim.pid, signal.SIGKILL)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self):
         with _account_lock():
@@ -591,6 +607,7 @@ class Stack:
         self.wanted_port = _free_port(self.server)  # the same after a restart, as on a real server
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="pt-", dir="/tmp"))  # short: sun_path has 108 bytes
         self.dir.chmod(0o755)
+        (self.dir / "owner").write_text(str(os.getpid()))
         self.terminals: list[Terminal] = []
         self.clients: list[subprocess.Popen] = []
         self.policy_file = self.dir / "policy.hujson"
@@ -827,7 +844,7 @@ class Stack:
 
     async def asyncssh(self, *, bind: str | None = None, user: str | None = None, **kw):
         import asyncssh
-        return await asyncssh.connect(self.server, self.port, local_addr=(bind or self.alice, 0), username=user or self.user, known_hosts=None,
+        return await asyncssh.connect(self.server, self.port, local_addr=(bind or self.alice, 0), username=self.user if user is None else user, known_hosts=None,
                                       config=None, client_keys=None, agent_path=None, **kw)
 
     def connect(self, bind: str | None = None, timeout: float = 5) -> socket.socket:
