@@ -128,8 +128,9 @@ void SessionChannel::write_input() {
     }
     if (input_ < 0) pending_input_.clear();
     if (budget == 0 && input_ >= 0) return;  // the rest in the next turn: the input is writable
-    char chunk[32 * 1024];
-    const int n = ssh_channel_read_nonblocking(handle_, chunk, sizeof chunk, 0);
+    // Not on the stack: 32 KiB there would stay with every process.
+    char* const chunk = shared_buffer();
+    const int n = ssh_channel_read_nonblocking(handle_, chunk, 64 * 1024, 0);
     if (n <= 0) {
       backlog_ = false;
       break;

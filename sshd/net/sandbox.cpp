@@ -132,7 +132,8 @@ Expected<std::string> enter_zygote_sandbox(const ZygoteSandbox& settings) {
     if (::setresuid(settings.uid, settings.uid, settings.uid) != 0) return failed("set the user");
   } else {
     append(missing, "own user (posternd does not run as root)");
-    // What a user namespace gives; uid and gid stay what they are.
+    // What a user namespace gives; uid and gid stay what they are. Its files in /proc are writable by a dumpable process only.
+    ::prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
     if (::unshare(CLONE_NEWUSER | namespaces) == 0) {
       may_drop_bounding = true;
       if (!write_file("/proc/self/setgroups", "deny") ||
