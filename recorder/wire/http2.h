@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -42,7 +43,7 @@ using HeaderList = std::vector<std::pair<std::string, std::string>>;
 class Http2Connection;
 
 /// One stream: a request and its answer. Kept alive by its connection until on_close, then by whoever holds a pointer (calls on
-/// a closed stream do nothing).
+/// a closed stream do nothing). Its handlers are dropped after on_close.
 class Http2Stream : public std::enable_shared_from_this<Http2Stream> {
  public:
   struct Handlers {
@@ -89,13 +90,13 @@ class Http2Stream : public std::enable_shared_from_this<Http2Stream> {
   Http2Connection* connection_ = nullptr;
   Handlers handlers_;
   std::int32_t id_ = 0;
-  std::string method_, path_, scheme_, authority_;
+  std::string method_, path_;
   HeaderList headers_;
   std::size_t header_bytes_ = 0;
   int status_ = 0;
-  bool responded_ = false, ended_ = false, peer_ended_ = false, finish_ = false, waiting_drain_ = false, reading_paused_ = true;
-  std::vector<std::string> out_;  // a queue: out_[out_index_] from byte out_at_ on
-  std::size_t out_index_ = 0, out_at_ = 0;
+  bool headers_done_ = false, responded_ = false, peer_ended_ = false, finish_ = false, waiting_drain_ = false;
+  std::deque<std::string> out_;
+  std::size_t out_at_ = 0;  // of out_.front()
   std::size_t queued_ = 0;
   std::size_t unconsumed_ = 0;
 };
@@ -135,11 +136,12 @@ class Http2Connection : public std::enable_shared_from_this<Http2Connection> {
   struct Impl;
   Http2Connection(Socket socket, const Http2Options& options, Handlers handlers, bool is_server);
   void start(std::string_view received);
-  void flush();       // soon: writes what nghttp2 wants to send
+  void receive(std::span<const std::uint8_t> bytes);
+  void flush();  // soon: writes what nghttp2 wants to send
   void write_some();
   void read_some();
   void tick();
-  void fail(const std::string& why);
+  void settle();  // on_close of everything, from the event loop
 
   std::unique_ptr<Impl> impl_;
   Handlers handlers_;
