@@ -27,7 +27,9 @@ constexpr auto revoke_tree_time = 2s;
 // A refused client gets this long to read why (closing at once shows it "Connection reset").
 constexpr auto refusal_drain_time = 1s;
 // Later signatures (rekeys): 10 at once, one more each 10 s. libssh rekeys per GiB or hour.
-constexpr double sign_bucket = 10, sign_per_second = 0.1;
+// Signatures for rekeys. OpenSSH's chacha20 asks every GiB and direction, so a fast bulk transfer needs one a second; `RekeyLimit` may
+// ask for more. Too fast is answered later, not refused (that would end a good connection); a queue of them is refused.
+constexpr double sign_bucket = 10, sign_per_second = 2, sign_debt = 8;
 
 void put_u32(std::string& out, std::uint32_t n) {
   for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(n >> shift & 0xff);
@@ -315,12 +317,18 @@ void Connection::on_session(Message message) {
           (void)s.blob.set(blob);
           self->session_->send(static_cast<std::uint16_t>(session::Type::signature), s);
         };
-        if (sign_tokens_ < 1) {
+        if (sign_tokens_ < 1 - sign_debt) {
           spdlog::warn("event=sign_refused connection={} why=too_often", id_);
           return answer({});
         }
         sign_tokens_ -= 1;
-        return broker_.keys().sign(*ask, broker_.io().get_executor(), answer);
+        if (sign_tokens_ >= 0) return broker_.keys().sign(*ask, broker_.io().get_executor(), answer);
+        const auto later = std::make_shared<boost::asio::steady_timer>(broker_.io(), std::chrono::milliseconds{static_cast<int>(-sign_tokens_ / sign_per_second * 1000)});
+        later->async_wait([later, weak = weak_from_this(), request = *ask, answer](boost::system::error_code ec) {
+          const auto self = weak.lock();
+          if (!ec && self && !self->done_) self->broker_.keys().sign(request, self->broker_.io().get_executor(), answer);
+        });
+        return;
       }
       break;
     case session::Type::channels:

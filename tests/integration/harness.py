@@ -141,7 +141,7 @@ def _reap_orphans(ours: set[int]) -> None:
 
 @contextlib.contextmanager
 def _account_lock():
-    with open("/tmp/postern-tests-accounts.lock", "w") as f:
+    with open("/run/postern-tests-accounts.lock", "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -236,6 +236,8 @@ class Accounts:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self):
+        if not IS_ROOT:
+            return
         with _account_lock():
             for name in reversed(self.users):
                 subprocess.run(["userdel", "-f", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -867,8 +869,12 @@ class Stack:
     # ---- what is going on
 
     def processes_of(self, user: str | None = None) -> list[Process]:
+        """Live processes of a local user: as root every one of the throw-away user, else what descends from us and is neither ours nor a client."""
         uid = pwd.getpwnam(user or self.user).pw_uid
-        return [p for p in processes().values() if p.uid == uid and p.state != "Z"]
+        if IS_ROOT:
+            return [p for p in processes().values() if p.uid == uid and p.state != "Z"]
+        held = {p.pid for s in _stacks for p in [t.process for t in s.terminals] + s.clients}
+        return [p for p in descendants(os.getpid()) if p.uid == uid and p.state != "Z" and p.pid not in held and not p.command.startswith(("postern", str(BIN), "ssh "))]
 
     def session_workers(self) -> list[Process]:
         """postern-session processes that serve a connection: forked from the zygote, which is posternd's own child."""
