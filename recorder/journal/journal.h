@@ -58,7 +58,7 @@ struct Settings {
   std::uint64_t recording_quota = std::uint64_t{4} << 30;  ///< bytes of one recording
   std::uint64_t total_quota = std::uint64_t{16} << 30;     ///< bytes of all
   std::uint64_t min_free = std::uint64_t{64} << 20;        ///< bytes of the file system that are left to others
-  std::chrono::milliseconds sync_interval{10};             ///< least time between the starts of two turns of fdatasync
+  std::chrono::milliseconds sync_interval{10};             ///< longest rest between two turns of fdatasync
 };
 
 class Journal;
