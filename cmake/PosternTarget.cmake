@@ -1,4 +1,8 @@
 # One place for language level, warnings, hardening and sanitizers; every target of ours links postern_options.
+set(postern_sanitized 0)
+if(POSTERN_SANITIZE)
+  set(postern_sanitized 1)   # not $<BOOL:...>: the list's comma would end its argument
+endif()
 add_library(postern_options INTERFACE)
 target_compile_features(postern_options INTERFACE cxx_std_20)
 target_include_directories(postern_options INTERFACE ${PROJECT_SOURCE_DIR})
@@ -7,7 +11,7 @@ target_compile_definitions(postern_options INTERFACE
 target_compile_options(postern_options INTERFACE
   -Wall -Wextra -Wshadow -Wnon-virtual-dtor -fstack-protector-strong
   $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-mismatched-new-delete>
-  $<$<AND:$<CONFIG:Release,RelWithDebInfo>,$<NOT:$<BOOL:${POSTERN_SANITIZE}>>>:-U_FORTIFY_SOURCE;-D_FORTIFY_SOURCE=2;-D_GLIBCXX_ASSERTIONS;-fstack-clash-protection;-fcf-protection>
+  $<$<AND:$<CONFIG:Release,RelWithDebInfo>,$<NOT:${postern_sanitized}>>:-U_FORTIFY_SOURCE;-D_FORTIFY_SOURCE=2;-D_GLIBCXX_ASSERTIONS;-fstack-clash-protection;-fcf-protection>
   $<$<CXX_COMPILER_ID:GNU>:-ftrivial-auto-var-init=zero>)
 target_link_options(postern_options INTERFACE -Wl,-z,relro,-z,now)
 if(POSTERN_SANITIZE)
