@@ -18,5 +18,6 @@ using Exit = CLI::RuntimeError;
 // One file a command: its options, and what it does, as the subcommand's callback.
 void add_play(CLI::App& app);
 void add_recordings(CLI::App& app);
+void add_sessions(CLI::App& app, const Globals& globals);
 
 }  // namespace postern::cli

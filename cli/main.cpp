@@ -4,6 +4,8 @@
 
 #include "cli/command.h"
 
+#include <iostream>
+
 int main(int argc, char* argv[]) {
   using namespace postern::cli;
   CLI::App app{"Postern: look at sessions and recordings"};
@@ -14,7 +16,7 @@ int main(int argc, char* argv[]) {
 
   add_play(app);
   add_recordings(app);
-  // add_sessions(app, globals) stands here (cli/sessions.cpp).
+  add_sessions(app, globals);
 
   try {
     app.parse(argc, argv);

@@ -93,33 +93,34 @@ int kill(const std::string& socket, const std::string& id, bool all, bool as_jso
 
 }  // namespace
 
-void add_sessions(CLI::App& app, int& exit_code) {
+void add_sessions(CLI::App& app, const Globals& globals) {
   struct Options {
-    std::string socket = "/run/postern/control.sock", id;
+    std::string id;
     bool json = false, all = false;
   };
   auto options = std::make_shared<Options>();
-  app.add_option("--control", options->socket, "posternd's control socket")->capture_default_str();
+  const auto end_with = [](int code) {
+    if (code != 0) throw Exit{code};
+  };
   CLI::App* sessions = app.add_subcommand("sessions", "live connections");
   sessions->require_subcommand(1);
   CLI::App* ls = sessions->add_subcommand("ls", "who is in");
   ls->add_flag("--json", options->json, "a JSON object a line");
-  ls->callback([options, &exit_code] { exit_code = list(options->socket, options->json); });
+  ls->callback([=, &globals] { end_with(list(globals.control, options->json)); });
   CLI::App* end = sessions->add_subcommand("kill", "end one connection with all its programs, or all of them");
   auto* id = end->add_option("CONNECTION", options->id, "as `postern sessions ls` shows it");
   end->add_flag("--all", options->all, "every connection")->excludes(id);
   end->add_flag("--json", options->json, "the answer as JSON");
-  end->callback([options, &exit_code] {
+  end->callback([=, &globals] {
     if (!options->all && options->id.empty()) throw CLI::RequiredError("CONNECTION or --all");
-    exit_code = kill(options->socket, options->id, options->all, options->json);
+    end_with(kill(globals.control, options->id, options->all, options->json));
   });
   CLI::App* status = app.add_subcommand("status", "where posternd listens, its policy and host keys (JSON)");
-  status->callback([options, &exit_code] {
-    const auto answer = ask(options->socket, {{"command", "status"}});
+  status->callback([=, &globals] {
+    const auto answer = ask(globals.control, {{"command", "status"}});
     if (!answer) {
       std::cerr << "postern: " << answer.error().doing << "\n";
-      exit_code = 1;
-      return;
+      return end_with(1);
     }
     std::cout << answer->dump(2) << "\n";
   });
