@@ -309,7 +309,6 @@ void SessionChannel::spawn() {
   pty::Launch launch;
   launch.user = host_.user;
   launch.command = command_;
-  launch.settings = host_.settings;
   launch.environment = make_environment({host_.facts, host_.user, environment_, host_.pam_environment,
                                          terminal_ ? terminal_->path : std::string{}, terminal_ ? term_ : std::string{}});
   std::vector<UniqueFd> theirs, to_net;
@@ -320,10 +319,8 @@ void SessionChannel::spawn() {
   if (ok && terminal_ && !command_) {
     launch.greeting = host_.pam_texts + greeting(last_login(host_.user.uid));
   }
-  if (terminal_)
-    launch.before = [this] { record_login(host_.facts, host_.user.uid, terminal_->path, ::getpid()); };
   if (ok) {
-    if (const auto pid = pty::launch(launch)) {
+    if (const auto pid = host_.launch(launch, terminal_ ? terminal_->path : std::string{})) {
       pid_ = first_pid_ = *pid;
     } else {
       spdlog::error("event=start_failed channel={} reason=\"{}\"", number_, pid.error().doing);

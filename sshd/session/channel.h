@@ -30,10 +30,11 @@ struct ChannelHost {
   const ConnectionFacts& facts;
   const pty::LocalUser& user;
   const std::vector<std::string>& pam_environment;
-  const std::optional<pty::ProcessSettings>& settings;  ///< as PAM left them for the user
   const std::string& pam_texts;
   ProcessTree& tree;
 
+  /// pty::launch() with the settings that PAM left; `login_path`: terminal to record a login on, or empty.
+  std::function<Expected<pid_t>(pty::Launch& what, const std::string& login_path)> launch;
   std::function<void(channel::Type, std::span<const std::byte>, std::vector<UniqueFd>)> to_net;
   std::function<void(const std::string& name, const std::string& fields)> event;
   std::function<void()> recorder_lost;  ///< fail closed: every session of the connection is to end

@@ -9,12 +9,10 @@ void Outbox::open(UniqueFd socket) {
   socket_ = std::move(socket);
   poller_.watch(socket_.get(), POLLIN, [this](short events) {
     if ((events & POLLOUT) != 0) flush();
-    if (is_open() && !blocked() && (events & (POLLIN | POLLHUP | POLLERR)) != 0)
-      readable_();
-    else if (is_open() && blocked() && (events & (POLLHUP | POLLERR)) != 0) {
-      waiting_.clear();  // nobody will read it
-      readable_();
-    }
+    if (!is_open()) return;
+    const bool gone = (events & (POLLHUP | POLLERR)) != 0;
+    if (gone) waiting_.clear();  // nobody will read it
+    if (gone || ((events & POLLIN) != 0 && (always_read_ || !blocked()))) readable_();
   });
 }
 
@@ -28,7 +26,7 @@ void Outbox::close() {
 void Outbox::arm() {
   if (!socket_) return;
   if (blocked())
-    poller_.set_events(socket_.get(), POLLOUT);
+    poller_.set_events(socket_.get(), static_cast<short>(POLLOUT | (always_read_ ? POLLIN : 0)));
   else
     poller_.set_events(socket_.get(), POLLIN);
 }

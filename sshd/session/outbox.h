@@ -12,11 +12,13 @@
 namespace postern::sshd::session {
 
 /// Our end of one local message socket: what cannot be sent at once waits here, in order, with its descriptors. While something
-/// waits the peer's requests are not read, so that one that asks and never listens cannot make us grow.
+/// waits the peer's requests are not read, so that one that asks and never listens cannot make us grow - unless `always_read`: the
+/// broker's word (revoke) is heard whatever it has left unread itself.
 class Outbox {
  public:
   /// `readable` runs when there is something to receive or the peer is gone.
-  Outbox(Poller& poller, std::function<void()> readable) : poller_{poller}, readable_{std::move(readable)} {}
+  Outbox(Poller& poller, bool always_read, std::function<void()> readable)
+      : poller_{poller}, always_read_{always_read}, readable_{std::move(readable)} {}
   ~Outbox() { close(); }
   Outbox(const Outbox&) = delete;
   Outbox& operator=(const Outbox&) = delete;
@@ -46,6 +48,7 @@ class Outbox {
   void arm();
 
   Poller& poller_;
+  const bool always_read_;
   std::function<void()> readable_;
   UniqueFd socket_;
   std::deque<Waiting> waiting_;

@@ -51,7 +51,7 @@ std::vector<gid_t> current_groups() {
 }  // namespace
 
 SessionProcess::SessionProcess(UniqueFd broker, bool as_root)
-    : as_root_{as_root}, broker_{poller_, [this] { read_broker(); }}, net_{poller_, [this] { read_net(); }} {
+    : as_root_{as_root}, broker_{poller_, true, [this] { read_broker(); }}, net_{poller_, false, [this] { read_net(); }} {
   sigset_t set;
   ::sigemptyset(&set);
   ::sigaddset(&set, SIGCHLD);
@@ -357,10 +357,19 @@ void SessionProcess::event(const std::string& name, const std::string& fields) {
 }
 
 void SessionProcess::tell_channels() {
-  const auto open = static_cast<std::uint32_t>(channels_.size());
-  if (open == told_channels_ || !broker_.is_open() || registering_) return;
-  told_channels_ = open;
-  broker_.send(ses::version, static_cast<std::uint16_t>(ses::Type::channels), ses::Channels{open});
+  // At most one message in a while: how often channels come and go is net's to say.
+  if (channels_timer_ != 0) return;
+  const auto tell = [this] {
+    const auto open = static_cast<std::uint32_t>(channels_.size());
+    if (open == told_channels_ || !broker_.is_open() || registering_) return;
+    told_channels_ = open;
+    broker_.send(ses::version, static_cast<std::uint16_t>(ses::Type::channels), ses::Channels{open});
+  };
+  tell();
+  channels_timer_ = poller_.after(channels_interval, [this, tell] {
+    channels_timer_ = 0;
+    tell();
+  });
 }
 
 // --- net ------------------------------------------------------------------------------------------------------------------------

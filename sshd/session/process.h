@@ -9,6 +9,7 @@
 #include "sshd/protocol/net.h"
 #include "sshd/protocol/session.h"
 #include "sshd/session/channel.h"
+#include "sshd/session/holder.h"
 #include "sshd/session/outbox.h"
 #include "sshd/session/tree.h"
 
@@ -33,6 +34,8 @@ inline constexpr std::chrono::milliseconds sign_wait{30'000};
 /// Bucket of sign requests that we forward for net: one a rekey. OpenSSH rekeys every GiB; 1 s a piece is 1 GiB/s.
 inline constexpr unsigned sign_burst = 8;
 inline constexpr std::chrono::milliseconds sign_refill{1'000};
+/// Channel counts go to the broker no more often.
+inline constexpr std::chrono::milliseconds channels_interval{50};
 inline constexpr std::chrono::milliseconds register_first_retry{200};
 inline constexpr std::chrono::milliseconds register_last_retry{1'000};
 
@@ -101,6 +104,7 @@ class SessionProcess {
   std::vector<std::string> pam_environment_;
   std::string pam_texts_;
   std::optional<pty::ProcessSettings> user_settings_;
+  std::unique_ptr<PamHolder> holder_;  // where limits cannot be raised again
   std::vector<gid_t> own_groups_;
   std::unique_ptr<ProcessTree> tree_;
 
@@ -121,7 +125,7 @@ class SessionProcess {
 
   bool registering_ = false;
   std::chrono::milliseconds register_delay_ = register_first_retry;
-  Poller::TimerId register_timer_ = 0, orphan_timer_ = 0, sign_timer_ = 0;
+  Poller::TimerId register_timer_ = 0, orphan_timer_ = 0, sign_timer_ = 0, channels_timer_ = 0;
 
   bool revoked_ = false;
   bool killed_ = false;

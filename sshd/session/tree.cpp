@@ -17,9 +17,9 @@
 namespace postern::sshd::session {
 namespace {
 
-/// Folder of this process's own cgroup v2, or empty. The mount is found by mountinfo: hybrid hosts have it at
+/// Folder of a process's cgroup v2, or empty. The mount is found by mountinfo: hybrid hosts have it at
 /// /sys/fs/cgroup/unified (cgroups(7), proc(5)).
-std::string own_cgroup() {
+std::string cgroup_of(pid_t pid) {
   std::ifstream mounts{"/proc/self/mountinfo"};
   std::string line, mount, root;
   while (std::getline(mounts, line)) {
@@ -31,7 +31,7 @@ std::string own_cgroup() {
     break;
   }
   if (mount.empty()) return {};
-  std::ifstream own{"/proc/self/cgroup"};
+  std::ifstream own{"/proc/" + std::to_string(pid) + "/cgroup"};
   while (std::getline(own, line)) {
     if (!line.starts_with("0::")) continue;
     std::string path = line.substr(3);
@@ -54,7 +54,8 @@ bool write_to(const std::string& path, std::string_view text) {
 std::vector<pid_t> read_pids(const std::string& path) {
   std::ifstream in{path};
   std::vector<pid_t> pids;
-  for (pid_t p; in >> p;) pids.push_back(p);
+  for (pid_t p; in >> p;)
+    if (p > 0) pids.push_back(p);  // 0 stands for one of another pid namespace; kill(0) would be our own group
   return pids;
 }
 
@@ -93,7 +94,7 @@ std::vector<pid_t> descendants() {
 }  // namespace
 
 ProcessTree::ProcessTree(std::string id, bool as_root) {
-  if (as_root) before_ = own_cgroup();
+  if (as_root) before_ = cgroup_of(::getpid());
   if (!before_.empty()) {
     base_ = before_ + "/postern";
     leaf_ = base_ + "/" + id;
@@ -112,9 +113,10 @@ bool ProcessTree::make_leaf() {
   return ::access((leaf_ + "/cgroup.procs").c_str(), W_OK) == 0;
 }
 
-void ProcessTree::adopt_scope() {
+void ProcessTree::adopt_scope(pid_t pam_process) {
+  spared_ = pam_process;
   if (before_.empty()) return;
-  const std::string now = own_cgroup();
+  const std::string now = cgroup_of(pam_process);
   if (now.empty() || now == before_) return;
   if (made_) ::rmdir(leaf_.c_str());
   made_ = false;
@@ -133,6 +135,7 @@ UniqueFd ProcessTree::entrance() {
 std::vector<pid_t> ProcessTree::members() {
   std::vector<pid_t> pids = leaf_.empty() ? descendants() : read_pids(leaf_ + "/cgroup.procs");
   std::erase(pids, ::getpid());
+  if (!scope_) std::erase(pids, spared_);
   return pids;
 }
 
@@ -173,7 +176,7 @@ void ProcessTree::let_go() {
 }
 
 void ProcessTree::sweep() {
-  const std::string own = own_cgroup();
+  const std::string own = cgroup_of(::getpid());
   if (own.empty()) return;
   const std::string base = own + "/postern";
   DIR* folder = ::opendir(base.c_str());

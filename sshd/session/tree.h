@@ -23,8 +23,9 @@ class ProcessTree {
   ProcessTree(const ProcessTree&) = delete;
   ProcessTree& operator=(const ProcessTree&) = delete;
 
-  /// Call after pam_open_session(3): when this process was moved into a scope, that scope is the tree.
-  void adopt_scope();
+  /// Call after pam_open_session(3), with the process that ran it: when that was moved into a scope, the scope is the tree. A PAM holder
+  /// is spared where the tree is walked, and not in a scope: logind ends what it opened when the scope ends.
+  void adopt_scope(pid_t pam_process);
   /// cgroup.procs of the leaf, for pty::Launch; made at the first call. Empty: there is no cgroup, the subreaper does it.
   UniqueFd entrance();
 
@@ -49,6 +50,7 @@ class ProcessTree {
   std::string before_;  // own cgroup before PAM
   bool scope_ = false;
   bool made_ = false;
+  pid_t spared_ = 0;
 };
 
 }  // namespace postern::sshd::session

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -321,8 +322,12 @@ std::optional<Message> Harness::receive(int fd, std::chrono::milliseconds limit)
   while (wait_readable(fd, until)) {
     auto m = receive_message(fd, ch::max_message);
     if (m && *m) return std::move(*m);
-    if (m || m.error().code != EAGAIN) return std::nullopt;
+    if (m || m.error().code != EAGAIN) {
+      std::fprintf(stderr, "harness: the peer of %d is gone: %s\n", fd, m ? "end of file" : m.error().doing.c_str());
+      return std::nullopt;
+    }
   }
+  std::fprintf(stderr, "harness: nothing on %d within its time\n", fd);
   return std::nullopt;
 }
 

@@ -1,0 +1,278 @@
+#include "sshd/session/holder.h"
+
+#include "base/seqpacket.h"
+
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <spdlog/spdlog.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+
+namespace postern::sshd::session {
+namespace {
+
+constexpr std::uint16_t version = 1;  // both ends are one program: never another
+enum class Type : std::uint16_t { opened = 1, launch = 2, launched = 3 };
+struct Launched {
+  std::int32_t pid = 0;
+  std::int32_t error = 0;
+};
+struct LaunchFlags {
+  std::uint8_t terminal = 0, has_command = 0, has_cgroup = 0, spare = 0;
+};
+/// Modules may ask directory servers: as long as a login may take at all.
+constexpr int open_timeout_ms = 60'000;
+constexpr int launch_timeout_ms = 10'000;
+
+class Writer {
+ public:
+  void text(std::string_view s) {
+    number(s.size());
+    out += s;
+  }
+  void number(std::uint64_t n) { out.append(reinterpret_cast<const char*>(&n), sizeof n); }
+  void list(const std::vector<std::string>& all) {
+    number(all.size());
+    for (const auto& s : all) text(s);
+  }
+  std::string out;
+};
+
+/// Of our own bytes; still bounded.
+class Reader {
+ public:
+  explicit Reader(std::string_view bytes) : rest_{bytes} {}
+  std::uint64_t number() {
+    std::uint64_t n = 0;
+    if (rest_.size() < sizeof n) {
+      good = false;
+      return 0;
+    }
+    std::memcpy(&n, rest_.data(), sizeof n);
+    rest_.remove_prefix(sizeof n);
+    return n;
+  }
+  std::string text() {
+    const auto n = number();
+    if (n > rest_.size()) {
+      good = false;
+      return {};
+    }
+    std::string s{rest_.substr(0, n)};
+    rest_.remove_prefix(n);
+    return s;
+  }
+  std::vector<std::string> list() {
+    std::vector<std::string> all;
+    for (auto n = number(); n > 0 && good; n--) all.push_back(text());
+    return all;
+  }
+  bool good = true;
+
+ private:
+  std::string_view rest_;
+};
+
+/// Payloads may be larger than a message (environments): they go through a memfd.
+UniqueFd into_memfd(const std::string& bytes) {
+  UniqueFd fd{::memfd_create("postern-launch", MFD_CLOEXEC)};
+  std::size_t done = 0;
+  while (fd && done < bytes.size()) {
+    const ssize_t n = ::pwrite(fd.get(), bytes.data() + done, bytes.size() - done, static_cast<off_t>(done));
+    if (n <= 0) return {};
+    done += static_cast<std::size_t>(n);
+  }
+  return fd;
+}
+std::string from_memfd(int fd) {
+  struct stat st {};
+  if (::fstat(fd, &st) != 0) return {};
+  std::string bytes(static_cast<std::size_t>(st.st_size), '\0');
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t n = ::pread(fd, bytes.data() + done, bytes.size() - done, static_cast<off_t>(done));
+    if (n <= 0) return {};
+    done += static_cast<std::size_t>(n);
+  }
+  return bytes;
+}
+
+std::optional<Message> receive_within(int fd, int ms) {
+  const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds{ms};
+  for (;;) {
+    auto m = receive_message(fd);
+    if (m) return std::move(*m);
+    if (m.error().code != EAGAIN) return std::nullopt;
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now()).count();
+    if (ms >= 0 && left <= 0) return std::nullopt;
+    pollfd p{fd, POLLIN, 0};
+    if (::poll(&p, 1, ms < 0 ? -1 : static_cast<int>(left)) < 0 && errno != EINTR) return std::nullopt;
+  }
+}
+
+Launched serve_launch(const Message& m, const std::function<void(const std::string&)>& log_in) {
+  const auto flags = m.body<LaunchFlags>();
+  if (!flags || m.fds.size() != 4U + flags->has_cgroup) return {0, EBADMSG};
+  const std::string bytes = from_memfd(m.fds[0].get());
+  Reader r{bytes};
+  pty::Launch what;
+  what.user.name = r.text();
+  what.user.uid = static_cast<uid_t>(r.number());
+  what.user.gid = static_cast<gid_t>(r.number());
+  what.user.home = r.text();
+  what.user.shell = r.text();
+  for (auto n = r.number(); n > 0 && r.good; n--) what.user.groups.push_back(static_cast<gid_t>(r.number()));
+  what.environment = r.list();
+  const std::string command = r.text();
+  if (flags->has_command != 0) what.command = command;
+  what.greeting = r.text();
+  const std::string login_path = r.text();
+  if (!r.good) return {0, EBADMSG};
+  what.input = m.fds[1].get();
+  what.output = m.fds[2].get();
+  what.error = m.fds[3].get();
+  what.terminal = flags->terminal != 0;
+  if (flags->has_cgroup != 0) what.cgroup_procs = m.fds[4].get();
+  if (!login_path.empty()) what.before = [&] { log_in(login_path); };
+  // The limits are this process's own: nothing to apply. A sibling, not a child: whose exit it is belongs to postern-session
+  // (clone(2): the exit signal is then that of the caller, SIGCHLD).
+  const long pid = ::syscall(SYS_clone, CLONE_PARENT | SIGCHLD, nullptr, nullptr, nullptr, nullptr);
+  if (pid == 0) pty::run_as_user(what);
+  return {static_cast<std::int32_t>(pid > 0 ? pid : 0), pid > 0 ? 0 : errno};
+}
+
+[[noreturn]] void serve(UniqueFd socket, auth::pam::PamSession& pam, const std::function<void(const std::string&)>& log_in) {
+  // Nothing of the connection's may stay open here: it would keep sockets alive that are to close with postern-session.
+  const auto fd = static_cast<unsigned>(socket.get());
+  if (fd > 3) ::syscall(SYS_close_range, 3U, fd - 1, 0U);
+  ::syscall(SYS_close_range, fd + 1, ~0U, 0U);
+  const PamResult result = open_pam(pam);
+  Writer w;
+  w.number(result.opened);
+  w.number(result.same_user);
+  w.text(result.reason);
+  w.number(result.groups.size());
+  for (const auto g : result.groups) w.number(g);
+  w.list(result.environment);
+  w.text(result.texts);
+  const UniqueFd payload = into_memfd(w.out);
+  const int fds[1] = {payload.get()};
+  (void)send_message(socket.get(), version, static_cast<std::uint16_t>(Type::opened), {}, {}, fds);
+  while (const auto m = receive_within(socket.get(), -1)) {
+    if (m->type != static_cast<std::uint16_t>(Type::launch)) break;
+    (void)send_body(socket.get(), version, static_cast<std::uint16_t>(Type::launched), serve_launch(*m, log_in));
+  }
+  pam.close();
+  ::_exit(0);
+}
+
+}  // namespace
+
+bool can_raise_limits() {
+  __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
+  __user_cap_data_struct data[2] = {};
+  return ::syscall(SYS_capget, &header, data) == 0 && (data[CAP_TO_INDEX(CAP_SYS_RESOURCE)].effective & CAP_TO_MASK(CAP_SYS_RESOURCE)) != 0;
+}
+
+PamResult open_pam(auth::pam::PamSession& pam) {
+  PamResult result;
+  if (const auto r = pam.establish_credentials(); !r)  // no password was asked: sshd goes on, too (auth-pam.c do_pam_setcred)
+    spdlog::info("event=pam_no_credentials reason=\"{}\"", r.error().doing);
+  const auto opened = pam.open_session();
+  result.opened = opened.has_value();
+  if (!opened) result.reason = opened.error().doing;
+  result.same_user = pam.same_user();
+  const int n = ::getgroups(0, nullptr);
+  result.groups.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
+  if (n > 0 && ::getgroups(n, result.groups.data()) != n) result.groups.clear();
+  result.environment = pam.environment();
+  result.texts = pam.take_texts();
+  return result;
+}
+
+Expected<std::unique_ptr<PamHolder>> PamHolder::start(auth::pam::PamSession& pam, std::function<void(const std::string& path)> log_in,
+                                                      PamResult& result) {
+  auto pair = seqpacket_pair();
+  if (!pair) return Unexpected{pair.error()};
+  std::unique_ptr<PamHolder> holder{new PamHolder};
+  holder->pid_ = ::fork();
+  if (holder->pid_ == 0) {
+    pair->first.reset();
+    serve(std::move(pair->second), pam, log_in);
+  }
+  if (holder->pid_ < 0) return Unexpected{system_error("fork the PAM holder")};
+  holder->socket_ = std::move(pair->first);
+  pair->second.reset();
+  const auto m = receive_within(holder->socket_.get(), open_timeout_ms);
+  if (!m || m->type != static_cast<std::uint16_t>(Type::opened) || m->fds.size() != 1) {
+    result.reason = "the PAM holder did not answer";
+    return holder;
+  }
+  const std::string bytes = from_memfd(m->fds[0].get());
+  Reader r{bytes};
+  result.opened = r.number() != 0;
+  result.same_user = r.number() != 0;
+  result.reason = r.text();
+  for (auto n = r.number(); n > 0 && r.good; n--) result.groups.push_back(static_cast<gid_t>(r.number()));
+  result.environment = r.list();
+  result.texts = r.text();
+  if (!r.good) result.opened = false;
+  return holder;
+}
+
+PamHolder::~PamHolder() { end(); }
+
+void PamHolder::end() {
+  if (pid_ <= 0) return;
+  socket_.reset();
+  // Modules' session end may take a moment; it is not waited for longer than a login may take.
+  for (int i = 0; i < 1000; i++) {
+    const pid_t p = ::waitpid(pid_, nullptr, WNOHANG);
+    if (p == pid_ || (p < 0 && errno == ECHILD)) break;
+    ::usleep(5'000);
+  }
+  pid_ = 0;
+}
+
+Expected<pid_t> PamHolder::launch(const pty::Launch& what, const std::string& login_path) {
+  Writer w;
+  w.text(what.user.name);
+  w.number(what.user.uid);
+  w.number(what.user.gid);
+  w.text(what.user.home);
+  w.text(what.user.shell);
+  w.number(what.user.groups.size());
+  for (const auto g : what.user.groups) w.number(g);
+  w.list(what.environment);
+  w.text(what.command.value_or(""));
+  w.text(what.greeting);
+  w.text(login_path);
+  const UniqueFd payload = into_memfd(w.out);
+  if (!payload) return Unexpected{system_error("prepare a program for the PAM holder")};
+  LaunchFlags flags;
+  flags.terminal = what.terminal;
+  flags.has_command = what.command.has_value();
+  flags.has_cgroup = what.cgroup_procs >= 0;
+  const int fds[5] = {payload.get(), what.input, what.output, what.error, what.cgroup_procs};
+  if (const auto sent = send_body(socket_.get(), version, static_cast<std::uint16_t>(Type::launch), flags, {},
+                                  std::span{fds, 4U + flags.has_cgroup});
+      !sent)
+    return Unexpected{sent.error()};
+  const auto m = receive_within(socket_.get(), launch_timeout_ms);
+  const auto answer = m ? m->body<Launched>() : std::nullopt;
+  if (!answer || m->type != static_cast<std::uint16_t>(Type::launched)) return Unexpected{Error{EPIPE, "the PAM holder is gone"}};
+  if (answer->error != 0) return Unexpected{system_error("fork a program", answer->error)};
+  return static_cast<pid_t>(answer->pid);
+}
+
+}  // namespace postern::sshd::session
