@@ -214,8 +214,8 @@ Expected<SystemCallFilter> SystemCallFilter::compile() {
                          SCMP_SYS(readlinkat), SCMP_SYS(sysinfo), SCMP_SYS(uname)})
     refuse(call);
 #if defined(POSTERN_ASAN) || defined(POSTERN_SANITIZED)
-  // The sanitizers' runtime: its report must get out before the process ends.
-  for (const int call : {SCMP_SYS(sigaltstack), SCMP_SYS(sched_yield), SCMP_SYS(prlimit64), SCMP_SYS(getrlimit), SCMP_SYS(rt_sigaction),
+  // The sanitizers' runtime: its report must get out before the process ends; UBSan probes memory with a pipe.
+  for (const int call : {SCMP_SYS(pipe), SCMP_SYS(pipe2), SCMP_SYS(sigaltstack), SCMP_SYS(sched_yield), SCMP_SYS(prlimit64), SCMP_SYS(getrlimit), SCMP_SYS(rt_sigaction),
                          SCMP_SYS(sched_getaffinity), SCMP_SYS(getuid), SCMP_SYS(geteuid), SCMP_SYS(getppid), SCMP_SYS(set_robust_list)})
     allow(call);
 #endif

@@ -20,6 +20,7 @@ asyncssh.logging.logger.setLevel(logging.CRITICAL)
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 MIB = 1024 * 1024
+not_sanitized = pytest.mark.skipif(any(name in os.environ.get("POSTERN_BIN", "") for name in ("asan", "tsan")), reason="a sanitizer's own memory and time count")
 
 
 @pytest.fixture(scope="session")
@@ -93,13 +94,13 @@ CIPHERS = ["chacha20-poly1305@openssh.com", "aes128-gcm@openssh.com", "aes256-ct
 
 
 @pytest.mark.parametrize("cipher", CIPHERS)
-@pytest.mark.parametrize("rekey", [(), ("-o", "RekeyLimit=1M")], ids=["", "rekey"])
+@pytest.mark.parametrize("rekey", [(), ("-o", "RekeyLimit=1M", "-o", "KexAlgorithms=curve25519-sha256")], ids=["", "rekey"])
 def test_64_MiB_go_both_ways_at_once_unchanged(harness, noise, cipher, rekey):
     r = harness.ssh("cat", "-c", cipher, *rekey, input=noise)
     assert r.returncode == 0 and sha(r.stdout) == sha(noise)
 
 
-@pytest.mark.parametrize("rekey", [(), ("-o", "RekeyLimit=1M")], ids=["", "rekey"])
+@pytest.mark.parametrize("rekey", [(), ("-o", "RekeyLimit=1M", "-o", "KexAlgorithms=curve25519-sha256")], ids=["", "rekey"])
 def test_64_MiB_go_up_and_down_alone(harness, noise, rekey, tmp_path):
     assert harness.ssh("sha256sum", *rekey, input=noise).stdout.split()[0].decode() == sha(noise)
     file = tmp_path / "noise"
@@ -148,6 +149,7 @@ def test_a_program_that_does_not_read_stalls_only_its_own_channel(harness):
     assert run(both()) == "quick\n"
 
 
+@not_sanitized
 def test_the_input_is_not_kept_when_nobody_reads_it(harness):
     """A worker may hold what libssh's window allows, not what the client would like to send."""
     with subprocess.Popen(["ssh", "-F", str(harness.config), "user@127.0.0.1", "sleep 60"], stdin=open("/dev/zero", "rb"),
@@ -619,7 +621,7 @@ def private(pid):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="reading another process's memory needs root")
-@pytest.mark.skipif("asan" in os.environ.get("POSTERN_BIN", ""), reason="AddressSanitizer's own memory counts")
+@not_sanitized
 def test_an_idle_session_costs_little_memory(harness):
     with subprocess.Popen(["ssh", "-F", str(harness.config), "lean@127.0.0.1", "echo up; sleep 100"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
         assert p.stdout.readline() == b"up\n"
@@ -627,3 +629,32 @@ def test_an_idle_session_costs_little_memory(harness):
         p.kill()
     print(f"private memory of an idle worker: {cost} KiB")
     assert cost <= 350  # aim: 250
+
+
+def processor_time(pid):
+    """Ticks of 10 ms."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+@pytest.mark.parametrize("command,options,stdin", [
+    ("sleep 100", [], "open"),
+    ("sleep 100", [], "ended"),
+    ("sleep 100", [], "zeros"),
+    ("exec 0<&-; sleep 100", [], "zeros"),
+    ("exec >&- 2>&-; sleep 100", [], "open"),
+    ("sleep 100", ["-tt"], "open"),
+    ("cat /dev/zero", [], "open"),
+], ids=["idle", "input-ended", "program-does-not-read", "program-closed-its-input", "program-closed-its-output", "terminal", "client-does-not-read"])
+def test_waiting_costs_no_processor_time(harness, command, options, stdin):
+    sources = {"open": subprocess.PIPE, "ended": subprocess.DEVNULL, "zeros": open("/dev/zero", "rb")}
+    before = len(harness.seen("login"))
+    with subprocess.Popen(["ssh", "-F", str(harness.config), *options, "waiting@127.0.0.1", command], stdin=sources[stdin],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as p:
+        worker = harness.wait("login", count=before + 1)["worker"]
+        time.sleep(0.7)
+        start = processor_time(worker)
+        time.sleep(1)
+        used = processor_time(worker) - start
+        p.kill()
+    assert used <= 5

@@ -22,6 +22,7 @@ def status(pid):
     return {line.split(":")[0]: line.split(":")[1].strip() for line in lines}
 
 
+not_sanitized = pytest.mark.skipif(any(name in os.environ.get("POSTERN_BIN", "") for name in ("asan", "tsan")), reason="a sanitizer needs its stderr and memory")
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: an ordinary user's sandbox has no user of its own")
 
 
@@ -53,6 +54,7 @@ def test_its_root_is_empty_and_its_namespaces_are_its_own(worker, shared_harness
 
 
 @root_only
+@not_sanitized
 def test_it_holds_its_sockets_and_the_programs_pipes_only(worker):
     folder = f"/proc/{worker}/fd"
     kinds = sorted(os.readlink(f"{folder}/{fd}").split(":")[0] for fd in os.listdir(folder))
@@ -60,6 +62,7 @@ def test_it_holds_its_sockets_and_the_programs_pipes_only(worker):
 
 
 @root_only
+@not_sanitized
 def test_its_limits_are_tight(worker):
     limits = {line[:26].strip(): line[26:].split()[:2] for line in pathlib.Path(f"/proc/{worker}/limits").read_text().splitlines()[1:]}
     for name in ("Max processes", "Max file size", "Max core file size"):
