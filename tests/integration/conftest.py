@@ -9,7 +9,6 @@ import harness
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "needs_root: the behaviour exists only when posternd runs as root")
     harness.become_subreaper()
 
 
