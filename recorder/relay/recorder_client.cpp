@@ -70,7 +70,6 @@ struct RecorderClient::Impl : std::enable_shared_from_this<Impl> {
     if (cancel_connect) std::exchange(cancel_connect, {})();
     health.reset();
     if (connection) std::exchange(connection, nullptr)->close("given up");
-    lines = {};
     any_line = accepting = false;
   }
 
@@ -124,6 +123,7 @@ struct RecorderClient::Impl : std::enable_shared_from_this<Impl> {
                                                                        }});
     *mine = connection;
     last_line = Clock::now();
+    lines = {};  // not in drop(), which may run inside feed()
     wire::Http2Stream::Handlers h;
     h.on_headers = [current](int status, const wire::HeaderList&) {
       if (const auto self = current(); self && status != 200) self->lost("health: status " + std::to_string(status));

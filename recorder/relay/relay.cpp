@@ -295,7 +295,7 @@ void Relay::on_open(const std::shared_ptr<SessionLink>& link, const local::Open&
   opened.state = r->state;
   opened.ended = meta.ending == Ending::ended && r->end_durable && (!meta.enforce || r->committed >= meta.length || meta.stored);
   if (meta.stored) {
-    opened.ended = true;
+    opened.ended = meta.ending == Ending::ended;
     opened.acks = {meta.length, meta.length, meta.length};
   }
   link->opened(opened);
@@ -626,7 +626,8 @@ void Relay::open_at(Node& n, const RecordingPtr& r, std::uint64_t attempt) {
     std::erase(m.parts, name);
   };
   raise_epoch(r, 0, change, [this, &n, r, attempt] {
-    if (r->attempt != attempt || !n.client || !n.client->up()) return;  // lost meanwhile; failover has it in hand
+    if (r->attempt != attempt) return;  // lost meanwhile; failover has it in hand
+    if (!n.client || !n.client->up()) return on_refused(r, n, {"not_accepting", 0, 0, "it stopped accepting"});
     std::weak_ptr<Recording> weak = r;
     const auto mine = [this, weak, attempt]() -> RecordingPtr {
       const auto self = weak.lock();

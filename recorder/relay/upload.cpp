@@ -42,6 +42,7 @@ void Upload::progress() {
 std::optional<Upload::Clock::time_point> Upload::waiting_since() const { return waiting_; }
 
 void Upload::poke(Clock::time_point now) {
+  const auto self = shared_from_this();  // a handler may drop it
   now_ = now;
   if (phase_ != Phase::streaming) return;
   pump();
