@@ -17,6 +17,8 @@ def find_programs(given=None):
     candidates = [Path(given)] if given else [ROOT / "build/release/bin", ROOT / "build/dev/bin"]
     for folder in candidates:
         if all((folder / name).exists() for name in DAEMONS + ("postern",)):
+            if folder.resolve().is_relative_to("/tmp"):
+                die(f"{folder}: /tmp is another one in the bench's private world; put the programs elsewhere")
             return folder.resolve()
     die(f"Postern's programs are not in {' or '.join(map(str, candidates))}; build them:\n"
         "  cmake --preset release && cmake --build --preset release")

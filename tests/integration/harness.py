@@ -675,6 +675,8 @@ class Stack:
     def _recorder_defaults(self, letter: str) -> dict:
         return {
             "listen": {"addresses": [f"{self.rec_a if letter == 'a' else self.rec_b}:{self.recorder_port}"]},
+            "ingest": {"allow": [self.server]},
+            "read": {"allow": ["127.0.0.0/8"]},
             "store": {"dir": self.recorder_dirs[letter] / "recordings"},
             "log": {"level": "debug"},
         }

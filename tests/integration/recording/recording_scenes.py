@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import pwd
 import random
 import selectors
 import subprocess
@@ -21,7 +22,7 @@ LOST_TIMEOUT = 0.5  # what a relay waits for a health line
 GRACE = 2.0         # what a session that must be recorded goes on without any recorder
 
 POSTERND = {"recorder": {"start_timeout": "1s", "grace": f"{GRACE:g}s"}}
-RELAY = {"recorders": {"lost_timeout": f"{int(LOST_TIMEOUT * 1000)}ms"}}
+RELAY = {"recorders": {"lost_timeout": f"{int(LOST_TIMEOUT * 1000)}ms", "backoff_longest": "250ms"}}
 RECORDER = {"store": {"health_interval": "100ms"}}
 
 GAP = 2.0  # the issue: no gap over 2 s
@@ -105,6 +106,12 @@ class Watched:
         times = [t for t, _ in self.pieces if since is None or t >= since]
         times = ([since] if since is not None else []) + times + ([self.ended] if self.ended else [])
         return max((b - a for a, b in zip(times, times[1:])), default=0.0)
+
+
+def running(stack, user: str | None = None) -> list[harness.Process]:
+    """The user's processes that come from this test process (it is the subreaper of all it started); uids are used again on a machine."""
+    uid = pwd.getpwnam(user or stack.user).pw_uid
+    return [p for p in harness.descendants(os.getpid()) if p.uid == uid and p.state != "Z"]
 
 
 # ------------------------------------------------------------------------------------------------ what the recorders have

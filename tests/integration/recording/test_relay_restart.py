@@ -81,7 +81,7 @@ def test_session_process_that_is_killed_leaves_a_cut_recording(net):
     letter, recording = scenes.wait_whole_or_cut(net, marker)
     assert recording.path.name.endswith(".part"), "a recording without an end is not whole"
     assert recording.stream() == b"shown\n"
-    for p in net.processes_of():
+    for p in scenes.running(net):
         if "3601" in p.command:
             os.kill(p.pid, signal.SIGKILL)  # its keeper was killed; nobody is left to end it
 
