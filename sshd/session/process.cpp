@@ -84,7 +84,7 @@ int SessionProcess::run() {
   if (tree_) tree_->let_go();
   if (holder_) holder_->end();
   if (pam_) pam_->close();
-  if (phase_ == Phase::leaving) event("connection_end", "connection=" + facts_.id().text());
+  if (phase_ == Phase::leaving) event("connection_end", "");
   broker_.flush();
   return 0;
 }
@@ -284,7 +284,7 @@ bool SessionProcess::open_pam_session() {
     spdlog::warn("event=own_groups_not_restored connection={}", facts_.id().text());
   if (!result.opened) {
     spdlog::warn("event=pam_session_failed connection={} reason=\"{}\"", facts_.id().text(), result.reason);
-    event("pam_session_failed", "connection=" + facts_.id().text());
+    event("pam_session_failed", "");
     // An ordinary user's PAM session lacks rights that modules take for granted; a module that changed the user is refused anyway.
     if (as_root_ || !result.same_user) return false;
   }
@@ -486,7 +486,7 @@ bool SessionProcess::on_net_message(const Message& m) {
 
 void SessionProcess::violation(const std::string& what) {
   spdlog::error("event=net_violation connection={} what=\"{}\"", facts_.id().text(), what);
-  event("net_violation", "connection=" + facts_.id().text());
+  event("net_violation", "");
   kill_net();
   net_gone();
 }
@@ -606,7 +606,7 @@ void SessionProcess::watch_tree() {
 void SessionProcess::recorder_lost() {
   if (revoked_) return;
   spdlog::warn("event=recorder_lost_for_good connection={}", facts_.id().text());
-  event("recorder_lost", "connection=" + facts_.id().text() + " action=end");
+  event("recorder_lost", "action=end");
   for (auto& [number, c] : channels_)
     c->lose_recorder("\r\nRecording is required here, and no recorder can be reached: this session ends.\r\n");
   for (auto& c : closing_) c->lose_recorder({});
