@@ -24,7 +24,6 @@ class Connection : private ext::PacketObserver, private ext::Signer {
  public:
   static constexpr std::chrono::seconds sign_limit{30};            ///< a rekey while the broker restarts (DESIGN section 1)
   static constexpr std::chrono::milliseconds flush_limit{200};     ///< for the last words on a live connection
-  static constexpr std::chrono::milliseconds denied_linger{700};   ///< for the client to leave by itself after a denial
   static constexpr std::chrono::milliseconds release_delay{1000};  ///< after the login: memory of the key exchange goes back
   static constexpr std::size_t max_waiting_auth_requests = 32;     ///< sent ahead without waiting for answers (RFC 4252 section 5.1)
   static constexpr std::size_t max_channels = 128;                 ///< those that wait for the client's CLOSE included
