@@ -1,0 +1,124 @@
+// postern-recorder: takes recordings from relays, keeps them on disk, lists and hands them out.
+//
+// Runs as its own user without rights. Reads what relays and readers of allowed addresses send; all of it is hostile until parsed.
+// Never links sshd, PAM or policy code, never trusts a recording's header, never calls a byte kept that is not on disk.
+
+#include "base/log.h"
+#include "base/unique_fd.h"
+#include "recorder/node/server.h"
+#include "recorder/node/settings.h"
+
+#include <CLI/CLI.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/signal_set.hpp>
+#include <nlohmann/json.hpp>
+#include <spdlog/spdlog.h>
+
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <iostream>
+
+namespace {
+
+/// sd_notify(3) without libsystemd: one datagram to NOTIFY_SOCKET; '@' names an abstract socket.
+void notify_systemd(const std::string& text) {
+  const char* const path = std::getenv("NOTIFY_SOCKET");
+  if (!path) return;
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::size_t length = std::strlen(path);
+  if (length == 0 || length >= sizeof address.sun_path) return;
+  std::memcpy(address.sun_path, path, length);
+  if (address.sun_path[0] == '@') address.sun_path[0] = '\0';
+  const postern::UniqueFd socket{::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)};
+  if (!socket) return;
+  const auto size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + length);
+  (void)!::sendto(socket.get(), text.data(), text.size(), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address), size);
+}
+
+void tell_ready(int fd, const postern::recorder::node::Server& server) {
+  nlohmann::json listening = nlohmann::json::array();
+  for (const auto& e : server.listening()) listening.push_back(e.text());
+  spdlog::info("event=serving listening={}", listening.dump());
+  if (fd >= 0) {
+    const std::string line = nlohmann::json{{"listening", listening}, {"pid", ::getpid()}}.dump() + "\n";
+    (void)!::write(fd, line.data(), line.size());
+    ::close(fd);
+  }
+  notify_systemd("READY=1");
+}
+
+}  // namespace
+
+int main(int argc, char* argv[]) {
+  using namespace postern;
+  CLI::App app{"postern-recorder: keeps recordings"};
+  std::string config = "/etc/postern/recorder.toml";
+  bool check = false;
+  int ready_fd = -1;
+  app.add_option("--config", config, "settings (docs/SETTINGS.recorder.md)");
+  app.add_flag("--check-config", check, "read the settings, tell what is wrong, and end");
+  app.add_option("--ready-fd", ready_fd, "write one line of JSON there when serving");
+  app.set_version_flag("--version", "postern-recorder " POSTERN_VERSION);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  const auto settings = recorder::node::load_settings(config);
+  if (!settings) {
+    std::cerr << settings.error().doing << "\n";
+    return 1;
+  }
+  if (check) {
+    std::cout << config << ": ok\n";
+    return 0;
+  }
+  set_up_log("postern-recorder", settings->log_level);
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error of one write
+  ::umask(027);
+  if (settings->ingest.empty()) spdlog::warn("event=nobody_may_upload hint=\"ingest.allow in {}\"", config);
+  try {
+    boost::asio::io_context io{1};
+    boost::asio::signal_set signals{io, SIGTERM, SIGINT, SIGHUP};
+    recorder::node::Server server{io, *settings};
+    if (auto started = server.start(); !started) {
+      std::cerr << "postern-recorder: " << started.error().doing << "\n";
+      return 1;
+    }
+    std::function<void()> wait;
+    wait = [&] {
+      signals.async_wait([&](const boost::system::error_code& ec, int number) {
+        if (ec) return;
+        if (number == SIGHUP) {
+          if (auto again = recorder::node::load_settings(config)) {
+            server.reload(*again);
+            spdlog::info("event=settings_loaded file={} taken=\"ingest read\"", config);
+          } else {
+            spdlog::error("event=settings_kept reason={}", postern::quoted(again.error().doing, 1000));
+          }
+          return wait();
+        }
+        spdlog::info("event=stopping signal={}", number);
+        notify_systemd("STOPPING=1");
+        server.stop([&] { io.stop(); });
+      });
+    };
+    wait();
+    tell_ready(ready_fd, server);
+    io.run();
+    spdlog::info("event=stopped");
+  } catch (const std::exception& e) {
+    spdlog::critical("event=failed reason=\"{}\"", e.what());
+    return 1;
+  }
+  return 0;
+}
