@@ -38,6 +38,8 @@ using nlohmann::json;
 
 namespace {
 
+volatile sig_atomic_t told_to_end = 0;
+
 [[noreturn]] void die(const std::string& what) {
   std::cerr << "net_harness: " << what << ": " << std::strerror(errno) << "\n";
   std::exit(1);
@@ -461,7 +463,7 @@ void Harness::run() {
   poller.watch(control_.get(), POLLIN, [this](short) { on_control(); });
   poller.watch(listener_.get(), POLLIN, [this](short) { on_accept(); });
   poller.watch(0, POLLIN, [this](short) { poller.stop(); });
-  while (!poller.stopped()) {
+  while (!poller.stopped() && told_to_end == 0) {
     poller.run_once();
     for (const auto token : ended) clients.erase(token);
     ended.clear();
@@ -487,7 +489,9 @@ int main(int argc, char* argv[]) {
     return 2;
   }
   ::signal(SIGPIPE, SIG_IGN);
-  ::signal(SIGTERM, [](int) { ::_exit(0); });
+  struct sigaction action {};
+  action.sa_handler = [](int) { told_to_end = 1; };  // without SA_RESTART: ppoll returns
+  ::sigaction(SIGTERM, &action, nullptr);
   ::ssh_init();
   Harness{std::move(options)}.run();
   return 0;
