@@ -2,6 +2,7 @@
 
 #include "base/log.h"
 #include "sshd/broker/connection.h"
+#include "sshd/broker/processes.h"
 #include "sshd/protocol/net.h"
 #include "sshd/protocol/session.h"
 
@@ -25,7 +26,6 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
-#include <fstream>
 
 namespace postern::sshd::broker {
 namespace {
@@ -50,14 +50,6 @@ template <class Body>
 std::vector<std::byte> bytes_of(const Body& body) {
   const auto span = std::as_bytes(std::span{&body, 1});
   return {span.begin(), span.end()};
-}
-
-// The pid behind a pidfd, from the kernel (proc(5), fdinfo); -1 when it is none or the process is gone.
-pid_t pid_of(int pidfd) {
-  std::ifstream info{"/proc/self/fdinfo/" + std::to_string(pidfd)};
-  for (std::string line; std::getline(info, line);)
-    if (line.rfind("Pid:", 0) == 0) return static_cast<pid_t>(std::strtol(line.c_str() + 4, nullptr, 10));
-  return -1;
 }
 
 sockaddr_storage to_sockaddr(const Endpoint& e, socklen_t& length) {
@@ -102,7 +94,7 @@ struct Broker::Listener {
 
 Broker::Broker(boost::asio::io_context& io, Config config, std::string config_file, std::string own_dir)
     : io_{io}, config_{std::move(config)}, config_file_{std::move(config_file)}, own_dir_{std::move(own_dir)}, as_root_{::geteuid() == 0},
-      child_signals_{io, SIGCHLD} {}
+      registrations_pause_{io}, control_pause_{io}, child_signals_{io, SIGCHLD} {}
 
 Broker::~Broker() = default;
 
@@ -277,13 +269,13 @@ void Broker::accepted(int raw, const Endpoint&) {
     if (it->second > std::chrono::steady_clock::now()) return refuse("penalty");
     penalties_.erase(it);
   }
-  std::uint32_t all = 0;
-  for (const auto& [address, count] : unauthenticated_) all += count;
-  if (all >= config_.limits.unauthenticated_connections) return refuse("unauthenticated_connections");
-  std::uint32_t& of_source = unauthenticated_[peer->address];
-  if (of_source >= config_.limits.unauthenticated_connections_per_source) return refuse("unauthenticated_connections_per_source");
+  if (unauthenticated_in_all_ >= config_.limits.unauthenticated_connections) return refuse("unauthenticated_connections");
+  if (const auto it = unauthenticated_.find(peer->address);
+      it != unauthenticated_.end() && it->second >= config_.limits.unauthenticated_connections_per_source)
+    return refuse("unauthenticated_connections_per_source");
   if (connections_.size() >= config_.limits.connections) return refuse("connections");
-  of_source++;
+  unauthenticated_[peer->address]++;
+  unauthenticated_in_all_++;
   const int one = 1;
   ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
   ::setsockopt(fd.get(), IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
@@ -296,6 +288,7 @@ void Broker::accepted(int raw, const Endpoint&) {
 void Broker::no_longer_unauthenticated(const Address& source) {
   const auto it = unauthenticated_.find(source);
   if (it == unauthenticated_.end()) return;
+  unauthenticated_in_all_--;
   if (--it->second == 0) unauthenticated_.erase(it);
 }
 
@@ -325,7 +318,7 @@ void Broker::fill_pool() {
         const auto connection = want_worker_.front().lock();
         want_worker_.pop_front();
         if (!connection) continue;
-        serving_[worker.token] = {connection->peer().address, false, connection};
+        serving_[worker.token] = {connection->peer().address, false};
         return connection->serve(std::move(worker));
       }
       pool_.push_back(std::move(worker));
@@ -337,7 +330,7 @@ void Broker::give_worker(std::shared_ptr<Connection> connection) {
   if (!pool_.empty()) {
     Worker worker = std::move(pool_.front());
     pool_.pop_front();
-    serving_[worker.token] = {connection->peer().address, false, connection};
+    serving_[worker.token] = {connection->peer().address, false};
     connection->serve(std::move(worker));
   } else {
     want_worker_.push_back(connection);
@@ -351,12 +344,17 @@ void Broker::worker_died(std::uint64_t token, int wait_status) {
   if (it == serving_.end()) return fill_pool();
   const Serving serving = it->second;
   serving_.erase(it);
-  if (WIFSIGNALED(wait_status) && !serving.ours_to_kill) {
+  // SIGKILL is no parser's doing: its session ends it so, an administrator, or the kernel out of memory.
+  if (WIFSIGNALED(wait_status) && WTERMSIG(wait_status) != SIGKILL && !serving.ours_to_kill) {
     // A parser that crashed, or a filter that killed it: fresh addresses for the next ones, at most once a minute; beyond that the
     // source waits instead.
     spdlog::error("event=net_crashed peer={} signal={}", serving.source.text(), WTERMSIG(wait_status));
-    if (!net_zygote_->replace_after_crash()) penalties_[serving.source] = std::chrono::steady_clock::now() + config_.limits.crash_penalty;
-    else {
+    if (!net_zygote_->replace_after_crash()) {
+      const auto now = std::chrono::steady_clock::now();
+      std::erase_if(penalties_, [now](const auto& p) { return p.second <= now; });
+      penalties_[serving.source] = now + config_.limits.crash_penalty;
+      spdlog::warn("event=penalty peer={} seconds={}", serving.source.text(), std::chrono::duration_cast<std::chrono::seconds>(config_.limits.crash_penalty).count());
+    } else {
       pool_.clear();  // warm ones of the old zygote share its layout; without a broker they end
       fill_pool();
     }
@@ -365,6 +363,7 @@ void Broker::worker_died(std::uint64_t token, int wait_status) {
 
 void Broker::reload() {
   spdlog::info("event=reload");
+  generation_++;
   if (auto nodes = provider_->reload(); !nodes)
     for (const auto& p : nodes.error()) spdlog::error("event=identity_problem kept=old problem={}", log_quoted(p.text(), 1000));
   if (auto loaded = load_policy(false); !loaded) spdlog::error("event=policy_kept file={} why={}", log_quoted(config_.policy.file), log_quoted(loaded.error().doing, 2000));
@@ -440,8 +439,15 @@ void Broker::accept_registrations() {
     if (ec || stopping_) return;
     for (;;) {
       UniqueFd fd{::accept4(registrations_->native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK)};
-      if (!fd) break;
-      registration(std::move(fd));
+      if (fd) {
+        registration(std::move(fd));
+        continue;
+      }
+      if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) break;
+      spdlog::error("event=accept_failed why={}", log_quoted(std::strerror(errno)));
+      registrations_pause_.expires_after(100ms);
+      registrations_pause_.async_wait([this](error_code e) { if (!e && !stopping_) accept_registrations(); });
+      return;
     }
     accept_registrations();
   });
@@ -453,31 +459,30 @@ void Broker::registration(UniqueFd fd) {
     spdlog::warn("event=registration_refused why=not_root pid={}", pid);
     return;
   }
-  const int copy = ::fcntl(fd.get(), F_DUPFD_CLOEXEC, 3);
   auto socket = std::make_shared<std::unique_ptr<LocalSocket>>(std::make_unique<LocalSocket>(io_.get_executor(), std::move(fd), session::version, 64 * 1024));
-  const auto kept = std::make_shared<UniqueFd>(copy);
   // The handlers hold the socket until it has said who it is, or went.
   (*socket)->start(
-      [this, socket, kept, pid](Message message) {
+      [this, socket, pid](Message message) {
+        const auto refuse = [&](const std::string& why) {
+          spdlog::warn("event=registration_refused why={} pid={}", why, pid);
+          (*socket)->close();
+        };
         const auto body = message.body<session::Register>();
-        if (static_cast<session::Type>(message.type) != session::Type::register_session || !body || message.fds.size() != 3) {
-          spdlog::warn("event=registration_refused why=malformed pid={}", pid);
-          return (*socket)->close();
-        }
+        if (static_cast<session::Type>(message.type) != session::Type::register_session || !body || message.fds.size() != 3) return refuse("malformed");
         const auto facts = read_facts(message.fds[0].get());
-        if (!facts || pid_of(message.fds[1].get()) != pid || body->session_pid != pid) {
-          spdlog::warn("event=registration_refused why={} pid={}", facts ? std::string{"pidfd"} : log_quoted(facts.error().doing), pid);
-          return (*socket)->close();
+        if (!facts) return refuse(log_quoted(facts.error().doing));
+        // Who speaks is who it says, by the kernel's word (SO_PEERCRED, the pidfd): it answers with its life for the connection.
+        if (pid_of(message.fds[1].get()) != pid || body->session_pid != pid) return refuse("pidfd");
+        if (!pid_of(message.fds[2].get())) return refuse("net_pidfd");
+        for (const auto& [_, c] : connections_) {
+          if (c->id() != facts->id().text()) continue;
+          // The same process that lost only its socket to us comes back; nobody else may have that name.
+          if (c->session_pid() != pid || !c->comes_back()) return refuse("known_already");
+          (*socket)->send(number(session::Type::registered), session::Registered{1});
+          return c->session_returns(std::move(*socket));
         }
-        for (const auto& [_, c] : connections_)
-          if (c->id() == facts->id().text()) {
-            spdlog::warn("event=registration_refused why=known_already pid={} connection={}", pid, c->id());
-            return (*socket)->close();
-          }
-        (*socket)->close();
-        auto live = std::make_unique<LocalSocket>(io_.get_executor(), std::move(*kept), session::version, 64 * 1024);
-        live->send(number(session::Type::registered), session::Registered{1});
-        adopt(std::make_shared<Connection>(*this, *facts, std::move(live), std::move(message.fds[1]), std::move(message.fds[2])));
+        (*socket)->send(number(session::Type::registered), session::Registered{1});
+        adopt(std::make_shared<Connection>(*this, *facts, std::move(*socket), std::move(message.fds[1]), std::move(message.fds[2])));
       },
       [socket](const std::string&) {});
 }
@@ -510,7 +515,13 @@ struct Broker::ControlClient : std::enable_shared_from_this<ControlClient> {
 
 void Broker::accept_control() {
   control_->async_accept([this](error_code ec, boost::asio::local::stream_protocol::socket socket) {
-    if (ec || stopping_) return;
+    if (ec == boost::asio::error::operation_aborted || stopping_) return;
+    if (ec) {  // no descriptors left, most likely: the socket must serve again when there are
+      spdlog::error("event=accept_failed why={}", log_quoted(ec.message()));
+      control_pause_.expires_after(100ms);
+      control_pause_.async_wait([this](error_code e) { if (!e && !stopping_) accept_control(); });
+      return;
+    }
     if (peer_is_us(socket.native_handle())) std::make_shared<ControlClient>(*this, std::move(socket))->read();
     accept_control();
   });
@@ -544,7 +555,7 @@ std::string Broker::answer_control(const std::string& request) {
                       {"rule", text(f.rule.get())}, {"channels", c->channels()}, {"recorded", f.record != 0}, {"enforced", f.enforce_recorder != 0},
                       {"recorders", recorders}, {"session_pid", c->session_pid()}, {"net_pid", c->net_pid()}});
     }
-    return json{{"connections", list}}.dump();
+    return json{{"connections", list}}.dump(-1, ' ', false, json::error_handler_t::replace);
   }
   if (command == "kill") {
     const bool all = q.value("all", json(false)) == json(true);

@@ -13,6 +13,7 @@
 #include <boost/asio/local/stream_protocol.hpp>
 #include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/signal_set.hpp>
+#include <boost/asio/steady_timer.hpp>
 
 #include <deque>
 #include <functional>
@@ -52,6 +53,8 @@ class Broker {
   auth::identity::Provider& provider() { return *provider_; }
   const auth::policy::Policy& policy() const { return *policy_; }
   std::uint64_t policy_version() const { return policy_version_; }
+  /// Counts reloads of policy and nodes: what was decided under another number has to be asked again.
+  std::uint64_t generation() const { return generation_; }
   Zygote& net_zygote() { return *net_zygote_; }
   Zygote& session_zygote() { return *session_zygote_; }
   bool as_root() const { return as_root_; }
@@ -97,6 +100,7 @@ class Broker {
   std::unique_ptr<auth::identity::Provider> provider_;
   std::optional<auth::policy::Policy> policy_;
   std::uint64_t policy_version_ = 0;
+  std::uint64_t generation_ = 0;
   std::unique_ptr<HostKeys> keys_;
   std::optional<Program> net_program_, session_program_;
   std::unique_ptr<Zygote> net_zygote_, session_zygote_;
@@ -104,6 +108,7 @@ class Broker {
   std::vector<std::unique_ptr<Listener>> listeners_;
   std::unique_ptr<boost::asio::posix::stream_descriptor> registrations_;
   std::unique_ptr<boost::asio::local::stream_protocol::acceptor> control_;
+  boost::asio::steady_timer registrations_pause_, control_pause_;
   std::set<std::string> sockets_to_remove_;
   boost::asio::signal_set child_signals_;
 
@@ -113,11 +118,11 @@ class Broker {
   struct Serving {
     Address source;
     bool ours_to_kill = false;
-    std::weak_ptr<Connection> connection;
   };
   std::map<std::uint64_t, Serving> serving_;  // net zygote's token -> who it served
   std::map<Address, std::chrono::steady_clock::time_point> penalties_;
   std::map<Address, std::uint32_t> unauthenticated_;
+  std::uint32_t unauthenticated_in_all_ = 0;
   std::map<const Connection*, std::shared_ptr<Connection>> connections_;
   friend class Connection;
 };

@@ -1,6 +1,7 @@
 #include "sshd/broker/connection.h"
 
 #include "base/log.h"
+#include "sshd/broker/processes.h"
 #include "sshd/protocol/net.h"
 #include "sshd/protocol/session.h"
 
@@ -30,6 +31,8 @@ constexpr auto refusal_drain_time = 1s;
 // Signatures for rekeys. OpenSSH's chacha20 asks every GiB and direction, so a fast bulk transfer needs one a second; `RekeyLimit` may
 // ask for more. Too fast is answered later, not refused (that would end a good connection); a queue of them is refused.
 constexpr double sign_bucket = 10, sign_per_second = 2, sign_debt = 8;
+// What a worker may tell the log, in one connection.
+constexpr unsigned most_notes = 32;
 
 void put_u32(std::string& out, std::uint32_t n) {
   for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(n >> shift & 0xff);
@@ -105,8 +108,9 @@ Connection::Connection(Broker& broker, const ConnectionFacts& facts, std::unique
       end_timer_{broker.io()} {}
 
 Connection::~Connection() {
-  // Before the grant a worker without a broker has nothing to do; afterwards it lives on by itself.
-  if (!granted_) kill_net();
+  // Before the grant a worker without a broker has nothing to do; afterwards it lives on by itself. Once over, it is dead already, and
+  // the broker may be, too (handlers that io_context destroys last).
+  if (!granted_ && !done_) kill_net();
 }
 
 void Connection::start() {
@@ -115,6 +119,7 @@ void Connection::start() {
   grace_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
     if (!ec && !self->authenticated()) self->break_off("login grace time is over");
   });
+  generation_ = broker_.generation();
   broker_.provider().who_is(peer_.address, [self = shared_from_this()](auto answer) { self->identified(std::move(answer)); });
 }
 
@@ -207,6 +212,7 @@ void Connection::on_net(Message message) {
   if (type == net::Type::note) {
     const auto note = message.body<net::Note>();
     if (!note || !note->text.valid()) return break_off("net sent a malformed message");
+    if (++notes_ > most_notes) return break_off("net sent too many notes");
     spdlog::info("event=net_note connection={} text={}", id_, log_quoted(note->text.get()));
     return;
   }
@@ -229,7 +235,10 @@ void Connection::on_net(Message message) {
     const auto ask = message.body<net::AskLogin>();
     if (!ask || !ask->ssh_user.valid() || !ask->client_version.valid() || ask->method > net::Method::keyboard_interactive)
       return break_off("net sent a malformed question");
-    return login(*ask);
+    ssh_user_ = ask->ssh_user.get();
+    if (ssh_user_.empty()) ssh_user_ = std::string(1, '\0');  // asked and answered
+    client_version_ = ask->client_version.get();
+    return when_still_the_same([self = shared_from_this()] { self->login(); });
   }
   break_off("net sent message " + std::to_string(message.type) + " out of order");
 }
@@ -240,14 +249,26 @@ auth::policy::Verdict Connection::decide(const Node& source, const Node& destina
                                  broker_.config().policy.require_network_rule);
 }
 
-void Connection::login(const net::AskLogin& ask) {
-  ssh_user_ = ask.ssh_user.get();
-  client_version_ = ask.client_version.get();
+void Connection::when_still_the_same(std::function<void()> go_on) {
+  const auto now = broker_.generation();
+  if (generation_ == now) return go_on();
+  // A reload since then: what it changed holds for this login, too.
+  broker_.provider().who_is(peer_.address, [self = shared_from_this(), go_on = std::move(go_on), now](Expected<std::optional<Node>> answer) {
+    if (self->done_ || self->phase_ == Phase::ending) return;
+    if (!answer) return self->deny("this server cannot learn who you are right now; try again later", "identity_unavailable");
+    if (!*answer) return self->deny("this network does not know " + self->peer_.address.text(), "no_identity");
+    const Node& node = **answer;
+    if (node.id != self->source_.id || node.login != self->source_.login || node.tags != self->source_.tags)
+      return self->deny("the network changed while you connected; connect again", "another_node");
+    self->generation_ = now;
+    self->when_still_the_same(go_on);
+  });
+}
+
+void Connection::login() {
   const Node* destination = broker_.self(local_.address);
-  if (ssh_user_.empty() || !auth::policy::is_mappable_user_name(ssh_user_)) {
-    if (ssh_user_.empty()) ssh_user_ = std::string(1, '\0');  // asked and answered
-    return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ask.ssh_user.get()), "invalid_user_name");
-  }
+  if (!auth::policy::is_mappable_user_name(ssh_user_))
+    return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ssh_user_ == std::string(1, '\0') ? "" : ssh_user_), "invalid_user_name");
   if (destination == nullptr) return deny("the network does not know this server's address", "server_address_unknown");
   verdict_ = decide(source_, *destination, std::nullopt);
   if (verdict_.outcome != auth::policy::Outcome::accept)
@@ -261,6 +282,8 @@ void Connection::login(const net::AskLogin& ask) {
     if (self->done_ || self->phase_ != Phase::looking_up) return;
     if (!child) return self->deny("this server is out of resources; try again later", child.error().doing);
     self->session_pid_ = child->pid;
+    static const std::string own_cgroup = cgroup_of(::getpid());  // where our zygotes and so the sessions are born
+    self->cgroup_ = own_cgroup;
     self->session_watch_ = std::make_unique<boost::asio::posix::stream_descriptor>(self->broker_.io(), child->pidfd.release());
     self->session_ = std::make_unique<LocalSocket>(self->broker_.io().get_executor(), std::move(*end), session::version, 64 * 1024);
     self->watch_session();
@@ -270,13 +293,24 @@ void Connection::login(const net::AskLogin& ask) {
   });
 }
 
-void Connection::watch_session() {
+void Connection::listen_to_session() {
   session_->start([weak = weak_from_this()](Message m) { if (const auto self = weak.lock()) self->on_session(std::move(m)); },
                   [weak = weak_from_this()](const std::string& why) {
                     const auto self = weak.lock();
                     // Once denied, a session that ends must not take net with it: it still has the reason to show.
                     if (self && !self->granted_ && self->phase_ != Phase::ending) self->break_off("the session process: " + why);
                   });
+}
+
+void Connection::session_returns(std::unique_ptr<LocalSocket> socket) {
+  spdlog::info("event=session_registered connection={} again=1", id_);
+  session_ = std::move(socket);
+  listen_to_session();
+  re_evaluate();
+}
+
+void Connection::watch_session() {
+  listen_to_session();
   session_watch_->async_wait(boost::asio::posix::descriptor_base::wait_read, [weak = weak_from_this()](boost::system::error_code ec) {
     const auto self = weak.lock();
     if (ec || !self || self->done_) return;
@@ -284,6 +318,8 @@ void Connection::watch_session() {
     if (self->phase_ == Phase::ending && !self->granted_) return;
     if (!self->granted_) return self->break_off("the session process ended");
     self->kill_net();  // without a session there is nobody to serve it
+    // One that ended by itself left an empty leaf, or none. What is still in it lost its session by a crash: nobody could end it later.
+    kill_programs(self->id_, self->cgroup_, -1);
     self->over();
   });
 }
@@ -291,6 +327,9 @@ void Connection::watch_session() {
 void Connection::start_registered() {
   spdlog::info("event=session_registered connection={} peer={} node={} local_user={}", id_, peer_.text(), log_quoted(facts_.node_name.get()),
                log_quoted(facts_.local_user.get()));
+  session_pid_ = pid_of(session_watch_->native_handle()).value_or(-1);
+  net_pid_ = pid_of(net_pidfd_.get()).value_or(-1);
+  if (session_pid_ > 0) cgroup_ = cgroup_of(session_pid_);
   watch_net();
   watch_session();
 }
@@ -303,7 +342,7 @@ void Connection::on_session(Message message) {
       if (const auto user = message.body<session::User>(); user && user->name.valid() && phase_ == Phase::looking_up) return found(*user);
       break;
     case session::Type::ready:
-      if (const auto r = message.body<session::Ready>(); r && r->text.valid() && phase_ == Phase::opening) return opened(*r);
+      if (const auto r = message.body<session::Ready>(); r && r->text.valid() && phase_ == Phase::opening && !session_answered_) return opened(*r);
       break;
     case session::Type::ask_sign:
       if (const auto ask = message.body<net::AskSign>(); ask && ask->data.valid() && authenticated()) {
@@ -402,7 +441,20 @@ void Connection::found(const session::User& user) {
 }
 
 void Connection::opened(const session::Ready& answer) {
+  session_answered_ = true;
   if (answer.ok == 0) return deny(std::string{answer.text.get()}, "account");
+  session_ready_ = true;
+  const bool judged_before = generation_ != broker_.generation();
+  when_still_the_same([self = shared_from_this(), judged_before] {
+    // The facts are sealed: a reload that makes another answer of it cannot be followed, only refused.
+    if (judged_before)
+      if (const std::string why = self->difference(self->source_); !why.empty())
+        return self->deny("the policy changed while you connected; connect again", why);
+    self->accept();
+  });
+}
+
+void Connection::accept() {
   granted_ = true;
   phase_ = Phase::live;
   grace_.cancel();
@@ -423,7 +475,14 @@ void Connection::opened(const session::Ready& answer) {
 void Connection::deny(const std::string& text, const std::string& why) {
   spdlog::info("event=login verdict=deny connection={} peer={} node={} user={} tags={} ssh_user={} why={} client={}", id_, peer_.text(), log_quoted(source_.name),
                log_quoted(source_.login), log_quoted(join(source_.tags)), log_quoted(ssh_user_), log_quoted(why), log_quoted(client_version_));
-  if (session_ && !granted_) session_->send_empty(static_cast<std::uint16_t>(session::Type::deny));
+  if (session_ && session_ready_) {
+    // It has opened PAM's session by now: it ends as a revoked one does.
+    session::Revoke body;
+    (void)body.text.set("Access revoked.");
+    session_->send(static_cast<std::uint16_t>(session::Type::revoke), body);
+  } else if (session_ && !session_answered_) {
+    session_->send_empty(static_cast<std::uint16_t>(session::Type::deny));
+  }
   phase_ = Phase::ending;
   net::Verdict verdict;
   if (!verdict.text.set(text)) (void)verdict.text.set("access denied");
@@ -466,7 +525,7 @@ void Connection::revoke(const std::string& text, const std::string& why) {
     self->end_timer_.async_wait([self](boost::system::error_code again) {
       if (again || self->done_) return;
       spdlog::error("event=session_killed connection={} why=it_did_not_end_its_programs", self->id_);
-      if (self->session_watch_) pidfd_signal(self->session_watch_->native_handle(), SIGKILL);
+      self->kill_session();
     });
   });
 }
@@ -476,20 +535,31 @@ void Connection::re_evaluate() {
   broker_.provider().who_is(peer_.address, [self = shared_from_this()](Expected<std::optional<Node>> answer) {
     if (self->done_ || self->phase_ != Phase::live) return;
     if (!answer) return;  // the provider cannot say now: live sessions go on
-    const ConnectionFacts& f = self->facts_;
     if (!*answer) return self->revoke("Access revoked.", "the network no longer knows this address");
-    const Node& node = **answer;
-    if (node.id != f.node_id.get() || node.login != f.login.get() || node.tags != split(f.tags.get()))
-      return self->revoke("Access revoked.", "another node, user or tags at this address");
-    const Node* destination = self->broker_.self(self->local_.address);
-    if (destination == nullptr || destination->id != f.server_node_id.get()) return self->revoke("Access revoked.", "this server's node changed");
-    const auto verdict = self->decide(node, *destination, f.uid);
-    if (verdict.outcome != auth::policy::Outcome::accept) return self->revoke("Access revoked.", "the policy no longer allows it");
-    if (verdict.local_user != f.local_user.get()) return self->revoke("Access revoked.", "the policy maps to another account");
-    const RecordingTerms now{verdict.record, verdict.enforce_recorder, verdict.recorder_tag};
-    const RecordingTerms then{f.record != 0, f.enforce_recorder != 0, std::string{f.recorder_tag.get()}};
-    if (now != then) return self->revoke("Access revoked.", "the policy's rule on recording changed");
+    if (const std::string why = self->difference(**answer); !why.empty()) self->revoke("Access revoked.", why);
   });
+}
+
+std::string Connection::difference(const Node& node) const {
+  const ConnectionFacts& f = facts_;
+  if (node.id != f.node_id.get() || node.login != f.login.get() || node.tags != split(f.tags.get())) return "another node, user or tags at this address";
+  const Node* destination = broker_.self(local_.address);
+  if (destination == nullptr || destination->id != f.server_node_id.get()) return "this server's node changed";
+  const auto verdict = decide(node, *destination, f.uid);
+  if (verdict.outcome != auth::policy::Outcome::accept) return "the policy no longer allows it";
+  if (verdict.local_user != f.local_user.get()) return "the policy maps to another account";
+  const RecordingTerms now{verdict.record, verdict.enforce_recorder, verdict.recorder_tag};
+  const RecordingTerms then{f.record != 0, f.enforce_recorder != 0, std::string{f.recorder_tag.get()}};
+  return now == then ? std::string{} : "the policy's rule on recording changed";
+}
+
+void Connection::kill_session() {
+  if (!session_watch_) return;
+  // Its programs first: while it lives the kernel still says which ones are its own.
+  const pid_t session = pid_of(session_watch_->native_handle()).value_or(-1);
+  pidfd_signal(session_watch_->native_handle(), SIGSTOP);
+  kill_programs(id_, cgroup_, session);
+  pidfd_signal(session_watch_->native_handle(), SIGKILL);
 }
 
 void Connection::abandon() {

@@ -26,13 +26,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void start();
   void start_registered();
+  /// Its session lost the socket to us, and lives: it may register again, over `socket`.
+  bool comes_back() const { return granted_ && !done_ && phase_ == Phase::live && session_ && !session_->open(); }
+  void session_returns(std::unique_ptr<LocalSocket> socket);
   /// A worker of the pool takes the client's socket.
   void serve(Broker::Worker worker);
   /// Asks again what was asked at the login; ends the connection when the answer changed.
   void re_evaluate();
   /// Shows `text`, then ends everything: net after 200 ms, the session's process tree within 2 s.
   void revoke(const std::string& text, const std::string& why);
-  void worker_died(int wait_status);
   /// The broker stops: what has no session yet ends; live sessions go on.
   void abandon();
 
@@ -50,9 +52,16 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void refuse_unidentified(const std::string& reason);
   void on_net(Message message);
   void on_session(Message message);
-  void login(const net::AskLogin& ask);
+  void login();
   void found(const session::User& user);
   void opened(const session::Ready& answer);
+  void accept();
+  /// `go_on` when policy and nodes are those that this connection was judged by, or the peer is still the same node; else the end.
+  void when_still_the_same(std::function<void()> go_on);
+  /// What makes `node` at the peer's address now another answer than the facts; empty: nothing.
+  std::string difference(const Node& node) const;
+  void listen_to_session();
+  void kill_session();
   void deny(const std::string& text, const std::string& why);
   void break_off(const std::string& why);
   void kill_net();
@@ -76,6 +85,11 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool granted_ = false;
   bool counted_ = true;  ///< among the unauthenticated
   bool done_ = false;
+  bool session_answered_ = false;  ///< said ready, or that PAM refuses
+  bool session_ready_ = false;
+  unsigned notes_ = 0;
+  std::uint64_t generation_ = 0;  ///< Broker::generation() when the peer was identified
+  std::string cgroup_;            ///< the one below which the session made its leaf
   std::uint32_t channels_ = 0;
   double sign_tokens_ = 5;
   std::chrono::steady_clock::time_point sign_refilled_ = std::chrono::steady_clock::now();

@@ -3,6 +3,7 @@
 #include <boost/asio/post.hpp>
 
 #include <cerrno>
+#include <utility>
 
 namespace postern::sshd::broker {
 
@@ -22,6 +23,7 @@ struct LocalSocket::State : std::enable_shared_from_this<State> {
   OnClosed on_closed;
   std::deque<Queued> queue;
   bool waiting_to_write = false;
+  bool started = false;
   bool over = false;
 
   void end(const std::string& why) {
@@ -92,9 +94,13 @@ LocalSocket::LocalSocket(boost::asio::any_io_executor executor, UniqueFd socket,
 LocalSocket::~LocalSocket() { close(); }
 
 void LocalSocket::start(OnMessage on_message, OnClosed on_closed) {
+  if (state_->over) {  // it ended before anybody listened: told once, and not from inside this call
+    boost::asio::post(state_->socket.get_executor(), [s = state_, on_closed = std::move(on_closed)] { on_closed("it was closed"); });
+    return;
+  }
   state_->on_message = std::move(on_message);
   state_->on_closed = std::move(on_closed);
-  state_->read();
+  if (!std::exchange(state_->started, true)) state_->read();
 }
 
 void LocalSocket::send_bytes(std::uint16_t type, std::span<const std::byte> body, std::vector<UniqueFd> fds) {

@@ -28,6 +28,7 @@ class LocalSocket {
   LocalSocket(const LocalSocket&) = delete;
   LocalSocket& operator=(const LocalSocket&) = delete;
 
+  /// Again: the next owner's handlers take over (a registration that became a connection).
   void start(OnMessage on_message, OnClosed on_closed);
 
   template <class Body>

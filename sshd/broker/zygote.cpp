@@ -1,6 +1,7 @@
 #include "sshd/broker/zygote.h"
 
 #include "base/log.h"
+#include "sshd/broker/processes.h"
 #include "sshd/protocol/net.h"
 #include "sshd/protocol/session.h"
 
@@ -56,12 +57,14 @@ bool Zygote::files_changed() {
 }
 
 void Zygote::launch() {
-  is_ready_ = false;
   stale_ = false;
   files_changed();
-  socket_.reset();  // the old one ends by itself; its workers live on
+  // The old one still owes answers to forks, and news of its workers: without those a fork would wait for ever, and who crashed would
+  // stay unknown. It ends when its socket closes.
+  if (now_) replaced_.push_back(std::exchange(now_, nullptr));
+  forget_idle();
   auto pair = seqpacket_pair();
-  if (!pair) return lost(pair.error().doing);
+  if (!pair) return restart_later(false, pair.error().doing);
 
   // Started by descriptor, everything else close-on-exec, its control socket as descriptor 3.
   posix_spawn_file_actions_t actions;
@@ -95,24 +98,46 @@ void Zygote::launch() {
   if (limited) ::setrlimit(RLIMIT_NOFILE, &own_files);
   ::posix_spawn_file_actions_destroy(&actions);
   ::posix_spawnattr_destroy(&attributes);
-  if (error != 0) return lost(system_error("start " + program_.name, error).doing);
-  pid_ = pid;
-  socket_ = std::make_unique<LocalSocket>(io_.get_executor(), std::move(pair->first), protocol_.version, 64 * 1024);
-  socket_->start([this](Message m) { on_message(std::move(m)); }, [this](const std::string& why) { lost(why); });
-  socket_->send_bytes(protocol_.hello, hello_);
+  if (error != 0) return restart_later(false, system_error("start " + program_.name, error).doing);
+  now_ = std::make_shared<Process>();
+  now_->pid = pid;
+  now_->socket = std::make_unique<LocalSocket>(io_.get_executor(), std::move(pair->first), protocol_.version, 64 * 1024);
+  const std::weak_ptr<Process> weak = now_;
+  now_->socket->start(
+      [this, weak](Message m) {
+        if (const auto process = weak.lock()) on_message(process, std::move(m));
+      },
+      [this, weak](const std::string& why) {
+        if (const auto process = weak.lock()) lost(process, why);
+      });
+  now_->socket->send_bytes(protocol_.hello, hello_);
   timer_.expires_after(start_timeout);
-  timer_.async_wait([this](boost::system::error_code ec) {
-    if (ec || is_ready_) return;
-    if (pid_ > 0) ::kill(pid_, SIGKILL);
-    lost("it was not ready in time");
+  timer_.async_wait([this, weak](boost::system::error_code ec) {
+    const auto process = weak.lock();
+    if (ec || !process || process != now_ || process->ready) return;
+    ::kill(process->pid, SIGKILL);
+    lost(process, "it was not ready in time");
   });
 }
 
-void Zygote::lost(const std::string& why) {
-  socket_.reset();
-  pid_ = -1;
-  const bool was_ready = std::exchange(is_ready_, false);
-  for (auto& [token, forked] : std::exchange(asked_, {})) forked(Unexpected{Error{EPIPE, program_.name + " zygote: " + why}});
+void Zygote::forget_idle() {
+  std::erase_if(replaced_, [](const auto& p) { return p->asked.empty() && p->workers.empty(); });
+  while (replaced_.size() > most_replaced) lost(std::shared_ptr<Process>{replaced_.front()}, "too many were replaced since");
+}
+
+void Zygote::lost(const std::shared_ptr<Process>& process, const std::string& why) {
+  const bool current = process == now_;
+  const bool was_ready = process->ready;
+  if (current) now_ = nullptr;
+  std::erase(replaced_, process);
+  process->socket.reset();
+  // Those that it forked live on; nobody will tell when they end.
+  for (auto& [token, forked] : std::exchange(process->asked, {})) forked(Unexpected{Error{EPIPE, program_.name + " zygote: " + why}});
+  for (const auto token : std::exchange(process->workers, {})) on_died_(token, 0);
+  if (current) restart_later(was_ready, why);
+}
+
+void Zygote::restart_later(bool was_ready, const std::string& why) {
   if (ready_) {  // it never came up: start-up fails
     const auto ready = std::exchange(ready_, nullptr);
     return ready(Unexpected{Error{EPIPE, program_.name + " zygote: " + why}});
@@ -120,43 +145,52 @@ void Zygote::lost(const std::string& why) {
   spdlog::error("event=zygote_lost program={} why={}", program_.name, log_quoted(why));
   timer_.expires_after(was_ready ? std::chrono::milliseconds{10} : std::chrono::milliseconds{500});
   timer_.async_wait([this](boost::system::error_code ec) {
-    if (!ec) launch();
+    if (!ec && !now_) launch();
   });
 }
 
-void Zygote::on_message(Message message) {
-  if (message.type == protocol_.ready && !is_ready_) {
+void Zygote::on_message(const std::shared_ptr<Process>& process, Message message) {
+  if (message.type == protocol_.ready && process == now_ && !process->ready) {
     const auto body = message.body<net::ZygoteReady>();
-    if (!body || !body->missing.valid()) return lost("it sent a malformed message");
-    is_ready_ = true;
+    if (!body || !body->missing.valid()) return lost(process, "it sent a malformed message");
+    process->ready = true;
     timer_.cancel();
     if (const auto ready = std::exchange(ready_, nullptr)) ready(std::string{body->missing.get()});
-    spdlog::info("event=zygote_ready program={} pid={}", program_.name, pid_);
+    spdlog::info("event=zygote_ready program={} pid={}", program_.name, process->pid);
     return pump();
   }
-  if (message.type == protocol_.forked && is_ready_) {
+  if (message.type == protocol_.forked && process->ready) {
     const auto body = message.body<net::Forked>();
-    if (!body) return lost("it sent a malformed message");
-    const auto it = asked_.find(body->token);
-    if (it == asked_.end()) return lost("it answered what was not asked");
+    if (!body) return lost(process, "it sent a malformed message");
+    const auto it = process->asked.find(body->token);
+    if (it == process->asked.end()) return lost(process, "it answered what was not asked");
     const auto forked = std::move(it->second);
-    asked_.erase(it);
-    if (body->error != 0 || message.fds.size() != 1) return forked(Unexpected{system_error("fork " + program_.name, body->error)});
-    return forked(Child{body->pid, std::move(message.fds[0])});
+    process->asked.erase(it);
+    if (body->error == 0) process->workers.insert(body->token);
+    if (body->error != 0 || message.fds.size() != 1) {
+      forked(Unexpected{system_error("fork " + program_.name, body->error != 0 ? body->error : EMFILE)});
+    } else if (const auto pid = pid_of(message.fds[0].get()); !pid || (*pid != body->pid && *pid != -1)) {
+      forked(Unexpected{Error{EBADMSG, "fork " + program_.name + ": not a pidfd of that process"}});
+    } else {
+      forked(Child{body->pid, std::move(message.fds[0])});
+    }
+    return forget_idle();
   }
-  if (message.type == protocol_.died && is_ready_) {
+  if (message.type == protocol_.died && process->ready) {
     const auto body = message.body<net::WorkerDied>();
-    if (!body) return lost("it sent a malformed message");
-    return on_died_(body->token, body->wait_status);
+    if (!body) return lost(process, "it sent a malformed message");
+    if (process->workers.erase(body->token) == 0) return;  // one that we were not given (no pidfd to be had)
+    on_died_(body->token, body->wait_status);
+    return forget_idle();
   }
-  lost("it sent a message out of order");
+  lost(process, "it sent a message out of order");
 }
 
 std::uint64_t Zygote::fork(UniqueFd socket, OnForked forked) {
   const std::uint64_t token = next_token_++;
   waiting_.push_back({token, std::move(socket), std::move(forked)});
-  if (is_ready_ && (stale_ || files_changed())) {
-    spdlog::info("event=zygote_replaced program={} pid={}", program_.name, pid_);
+  if (now_ && now_->ready && (stale_ || files_changed())) {
+    spdlog::info("event=zygote_replaced program={} pid={}", program_.name, now_->pid);
     launch();
   }
   pump();
@@ -172,13 +206,13 @@ bool Zygote::replace_after_crash() {
 }
 
 void Zygote::pump() {
-  while (is_ready_ && !waiting_.empty()) {
+  while (now_ && now_->ready && !waiting_.empty()) {
     Waiting w = std::move(waiting_.front());
     waiting_.pop_front();
-    asked_.emplace(w.token, std::move(w.forked));
+    now_->asked.emplace(w.token, std::move(w.forked));
     std::vector<UniqueFd> fds;
     fds.push_back(std::move(w.socket));
-    socket_->send(protocol_.fork, net::ForkWorker{w.token}, std::move(fds));
+    now_->socket->send(protocol_.fork, net::ForkWorker{w.token}, std::move(fds));
   }
 }
 

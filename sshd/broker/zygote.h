@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -46,14 +47,16 @@ struct ZygoteProtocol {
 ///
 /// It is replaced before the next fork when one of `watched` files changed (new libraries, PAM modules), when a worker of it died by
 /// a signal that we did not send (fresh ASLR and canary), or when it died itself. A replacement because of a dead worker comes at
-/// most once a `replace_interval`. Workers outlive their zygote.
+/// most once a `replace_interval`. Workers outlive their zygote; one that was replaced stays, without work, until it has answered what
+/// it was asked and told of the deaths of its workers.
 class Zygote {
  public:
   using OnForked = std::function<void(Expected<Child>)>;
-  /// `by_signal`: the worker crashed (or was killed by somebody else). Called for each worker that ended.
+  /// A worker ended, or (status 0) its zygote is gone and nobody will tell when it does. Once a worker that was forked.
   using OnDied = std::function<void(std::uint64_t token, int wait_status)>;
 
   static constexpr std::chrono::seconds replace_interval{60};
+  static constexpr std::size_t most_replaced = 8;  ///< waiting for their workers; beyond that the oldest goes
   static constexpr std::chrono::seconds start_timeout{20};
 
   Zygote(boost::asio::io_context& io, const Program& program, ZygoteProtocol protocol, std::vector<std::byte> hello,
@@ -67,7 +70,7 @@ class Zygote {
   /// A worker crashed: replace the zygote before the next fork. False when that was done less than replace_interval ago.
   bool replace_after_crash();
 
-  pid_t pid() const noexcept { return pid_; }
+  pid_t pid() const noexcept { return now_ ? now_->pid : -1; }
 
   /// The broker raises its own RLIMIT_NOFILE; what it starts, and so the users' programs, must have the one it was started with.
   static void set_child_file_limit(const rlimit& limit) { child_files_ = limit; }
@@ -78,9 +81,19 @@ class Zygote {
     UniqueFd socket;
     OnForked forked;
   };
+  /// One exec'ed zygote.
+  struct Process {
+    pid_t pid = -1;
+    bool ready = false;
+    std::unique_ptr<LocalSocket> socket;
+    std::map<std::uint64_t, OnForked> asked;
+    std::set<std::uint64_t> workers;  ///< forked, and not told dead yet
+  };
   void launch();
-  void lost(const std::string& why);
-  void on_message(Message message);
+  void lost(const std::shared_ptr<Process>& process, const std::string& why);
+  void restart_later(bool was_ready, const std::string& why);
+  void on_message(const std::shared_ptr<Process>& process, Message message);
+  void forget_idle();
   void pump();
   bool files_changed();
 
@@ -94,15 +107,13 @@ class Zygote {
   std::vector<std::int64_t> seen_;
   OnDied on_died_;
   std::function<void(Expected<std::string>)> ready_;
-  std::unique_ptr<LocalSocket> socket_;
   boost::asio::steady_timer timer_;
-  pid_t pid_ = -1;
-  bool is_ready_ = false;
+  std::shared_ptr<Process> now_;
+  std::deque<std::shared_ptr<Process>> replaced_;
   bool stale_ = false;
   std::chrono::steady_clock::time_point last_replacement_{};
   std::uint64_t next_token_ = 1;
   std::deque<Waiting> waiting_;
-  std::map<std::uint64_t, OnForked> asked_;
 };
 
 }  // namespace postern::sshd::broker
