@@ -10,6 +10,7 @@
 #include "sshd/net/zygote.h"
 
 #include <libssh/libssh.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 
 #include <cstdio>
@@ -33,6 +34,7 @@ int main(int argc, char* argv[]) {
     std::fprintf(stderr, "postern-net: posternd starts this program; there is nothing to do with it by hand (--version)\n");
     return 2;
   }
+  ::prctl(PR_SET_NAME, "postern-net", 0, 0, 0);  // started by descriptor, the kernel calls it by its number
   try {
     if (ssh_init() != SSH_OK) {
       std::fprintf(stderr, "postern-net: libssh does not start\n");

@@ -7,6 +7,7 @@
 // Never parses SSH or HTTP, never reads from the network, holds no key.
 #include "sshd/session/zygote.h"
 
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -21,6 +22,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: postern-session [--version]\nStarted by posternd, with its control socket as descriptor 3.\n");
     return 2;
   }
+  ::prctl(PR_SET_NAME, "postern-session", 0, 0, 0);  // started by descriptor, the kernel calls it by its number
   const int status = postern::sshd::session::run_zygote(3);
   std::fflush(nullptr);
   ::_exit(status);  // a forked session has nothing of the zygote's to tear down
