@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 
 namespace postern::cli {
 
@@ -98,7 +99,7 @@ Expected<Done> http_get(const Url& url, const std::string& bind_to, const std::f
 
   beast::flat_buffer buffer;
   http::response_parser<http::buffer_body> parser;
-  parser.body_limit(boost::none);
+  parser.body_limit(std::numeric_limits<std::uint64_t>::max());  // boost::none reads as 0 in Boost 1.74
   stream.expires_after(limit);
   ec = step(io, [&](auto done) { http::async_read_header(stream, buffer, parser, [done](error_code e, std::size_t) { done(e); }); });
   if (ec) return failed("reading from", ec);

@@ -362,10 +362,10 @@ def test_all_recordings_of_a_lost_recorder_move(scene):
 
 def test_full_journal_is_told_as_a_gap(scene):
     config = scene.relay.config.read_text()
-    scene.relay.config.write_text(config.replace("[journal]", '[journal]\nrecording_quota = "100KiB"'))
+    scene.relay.config.write_text(config.replace("[journal]", '[journal]\nrecording_quota = "500KiB"'))
     scene.start("r")
     feed = Feed(scene)
-    feed.feed(text(500))
+    feed.feed(text(2000))
     feed.wait("journal_failed")
     entry = scene.listing(recorders="")[feed.id]
     assert entry["gap"]["from"] > 0, entry
