@@ -129,10 +129,10 @@ def test_asciinema_plays_the_file(net):
     asciinema = shutil.which("asciinema")
     assert asciinema, "scripts/test installs asciinema"
     done, recording = recorded(net, "plays", "for i in 1 2 3; do echo grüße $i; done; printf '\\377x\\n'; echo to-stderr >&2", tty=False)
-    played = subprocess.run([asciinema, "cat", str(recording.path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                            env={"PATH": "/usr/bin:/bin", "HOME": str(net.dir), "LANG": "C.UTF-8"}, timeout=20)
-    assert played.returncode == 0, played.stderr
-    assert played.stdout.decode().replace("\r", "") == done.out.decode(errors="replace")
+    # It wants a terminal of its own (/dev/tty).
+    with harness.Terminal([asciinema, "cat", str(recording.path)], env={"PATH": "/usr/bin:/bin", "HOME": str(net.dir), "LANG": "C.UTF-8"}) as played:
+        assert played.wait() == 0, played.screen
+        assert played.screen.decode().replace("\r", "") == done.out.decode(errors="replace")
 
 
 def test_nothing_is_shown_that_the_relay_has_not_written(net):
