@@ -293,7 +293,7 @@ void Relay::on_open(const std::shared_ptr<SessionLink>& link, const local::Open&
   local::Opened opened;
   opened.acks = {r->entry->length(), r->entry->journaled(), r->committed};
   opened.state = r->state;
-  opened.ended = meta.ending == Ending::ended && r->end_durable && (!meta.enforce || r->committed >= meta.length || meta.stored);
+  opened.ended = meta.ending == Ending::ended && r->end_durable;
   if (meta.stored) {
     opened.ended = meta.ending == Ending::ended;
     opened.acks = {meta.length, meta.length, meta.length};
@@ -365,7 +365,6 @@ void Relay::tell_acks(Recording& r) {
 void Relay::tell_ended(Recording& r) {
   const auto& meta = r.entry->meta();
   if (meta.ending != Ending::ended || !r.end_durable) return;
-  if (meta.enforce && r.committed < meta.length && !meta.stored) return;
   if (!r.link) return;
   tell_acks(r);
   r.link->ended();

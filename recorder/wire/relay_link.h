@@ -50,7 +50,8 @@ class RelayLink {
     std::function<void(bool connected)> connection;
     /// The journal cannot take this recording any more (disk full, I/O error): what follows is a gap.
     std::function<void(const std::string& why)> journal_failed;
-    /// The end was taken: journaled (and committed when `everywhere`).
+    /// The end was taken: all of it is journaled, and the relay brings it to a recorder without the session from here on. (How much
+    /// is committed tells committed(), as always.)
     std::function<void()> ended;
   };
 
