@@ -83,7 +83,8 @@ void Zygote::launch() {
   char* argv[] = {name.data(), nullptr};
   // Nothing of our environment matters to them; a user's session must not see the broker's.
   std::string locale = "LC_ALL=C.UTF-8", search = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
-  std::vector<char*> environment{locale.data(), search.data()};
+  std::string title_room = "POSTERN_TITLE=" + std::string(64, '.');  // base/process_title.h; must come first
+  std::vector<char*> environment{title_room.data(), locale.data(), search.data()};
   std::string sanitizer;
   if (const char* options = std::getenv("ASAN_OPTIONS")) {
     sanitizer = std::string{"ASAN_OPTIONS="} + options;

@@ -6,6 +6,7 @@
 //
 // Never opens files or sockets, knows no policy, decides nothing, holds no private host key.
 #include "base/unique_fd.h"
+#include "base/process_title.h"
 #include "sshd/net/libssh_ext.h"
 #include "sshd/net/zygote.h"
 
@@ -24,6 +25,7 @@ extern "C" const char* __asan_default_options() { return "detect_leaks=0:symboli
 #endif
 
 int main(int argc, char* argv[]) {
+  postern::init_process_title(argv);
   if (argc == 2 && std::strcmp(argv[1], "--version") == 0) {
     std::printf("postern-net %s, libssh %s (bundled)\n", POSTERN_VERSION, postern::sshd::net::ext::library_version().c_str());
     return 0;

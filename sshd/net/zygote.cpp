@@ -1,5 +1,6 @@
 #include "sshd/net/zygote.h"
 
+#include "base/process_title.h"
 #include "base/log.h"
 #include "base/poller.h"
 #include "base/seqpacket.h"
@@ -162,7 +163,10 @@ void Zygote::fork_worker(const ForkWorker& request, UniqueFd socket) {
   Forked answer;
   answer.token = request.token;
   const pid_t pid = ::fork();
-  if (pid == 0) become_worker(std::move(socket));
+  if (pid == 0) {
+    set_process_title("postern-net: warm");
+    become_worker(std::move(socket));
+  }
   UniqueFd pidfd;
   if (pid < 0) {
     answer.error = errno;
@@ -219,6 +223,7 @@ void Zygote::become_worker(UniqueFd socket) {
   const auto serve = message && message->type == static_cast<std::uint16_t>(Type::serve) && message->fds.size() == 1 ? message->body<Serve>()
                                                                                                                       : std::nullopt;
   if (!serve) ::_exit(0);  // the broker is gone, or does not need this worker any more
+  set_process_title("postern-net: " + std::string{serve->peer_address.get()});
   {
     Connection connection{*server_, std::move(message->fds.front()), Link{std::move(socket), version, largest_from_broker}, *serve};
     connection.run();

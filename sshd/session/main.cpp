@@ -7,6 +7,8 @@
 // Never parses SSH or HTTP, never reads from the network, holds no key.
 #include "sshd/session/zygote.h"
 
+#include "base/process_title.h"
+
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -14,6 +16,7 @@
 #include <cstring>
 
 int main(int argc, char** argv) {
+  postern::init_process_title(argv);
   if (argc == 2 && std::strcmp(argv[1], "--version") == 0) {
     std::printf("postern-session %s\n", POSTERN_VERSION);
     return 0;

@@ -1,5 +1,6 @@
 #include "sshd/session/process.h"
 
+#include "base/process_title.h"
 #include "pty/process_settings.h"
 #include "sshd/session/logins.h"
 
@@ -189,6 +190,7 @@ bool SessionProcess::on_grant(Message& m) {
     return false;
   }
   facts_ = *facts;
+  set_process_title("postern-session: " + std::string{facts_.local_user.get()});
   facts_fd_ = std::move(m.fds[0]);
   UniqueFd net = std::move(m.fds[1]);
   net_pidfd_ = std::move(m.fds[2]);

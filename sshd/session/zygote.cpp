@@ -1,6 +1,7 @@
 #include "sshd/session/zygote.h"
 
 #include "auth/pam/pam.h"
+#include "base/process_title.h"
 #include "base/log.h"
 #include "base/poller.h"
 #include "base/seqpacket.h"
@@ -107,6 +108,7 @@ class Zygote {
   void fork_session(std::uint64_t token, UniqueFd socket) {
     const pid_t pid = ::fork();
     if (pid == 0) {
+      set_process_title("postern-session: login");
       born_ = std::move(socket);
       return;
     }
