@@ -777,6 +777,10 @@ class Stack:
                 d.stop()
             except AssertionError as e:
                 problems.append(str(e))
+            if d is self.posternd and self.relay.running:
+                # A session ends when the relay has the end of its recording: it waits for a relay that is away.
+                with contextlib.suppress(AssertionError):
+                    wait_until(lambda: not [p for p in self.leftovers() if p.name.startswith("postern-session"[:15]) and p.state != "Z"], "sessions end", 5)
         left = []
         deadline = time.monotonic() + 5 * SLACK
         while True:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from harness import Recording, rng, wait_until
+from harness import BIN, Recording, Terminal, rng, wait_until
 
 QUIET = ["LogLevel=ERROR"]  # ssh's own "Connection closed." would be on the screen, too
 
@@ -97,8 +97,6 @@ def test_a_resize_is_in_the_recording(stack):
     with stack.terminal(rows=24, cols=80, options=QUIET) as t:
         t.read_until(r"[$#] $")
         t.resize(50, 132)
-        import signal as s
-        os.kill(t.process.pid, s.SIGWINCH)
         def shown():
             t.send("stty size\r")
             t.pump(0.2)
@@ -116,17 +114,17 @@ def test_asciinema_plays_the_recording(stack):
     before = ids(stack)
     r = stack.ssh("for i in 1 2 3; do echo line-$i; done; printf 'caf\\303\\251\\n'")
     recording = only_new(stack, before)
-    env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(stack.dir)}
-    shown = subprocess.run(["/usr/bin/asciinema", "cat", recording.path], capture_output=True, env=env, stdin=subprocess.DEVNULL)
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout == r.out
+    # It wants a terminal, and sets it to raw.
+    with Terminal(["/usr/bin/asciinema", "cat", str(recording.path)], env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(stack.dir), "TERM": "xterm"}) as t:
+        assert t.wait() == 0, t.screen
+        assert t.screen == r.out
 
 
 def test_postern_play_shows_it_too(stack):
     before = ids(stack)
     r = stack.ssh("seq 1 500; echo to-stderr >&2")
     recording = only_new(stack, before)
-    shown = subprocess.run([str(__import__("harness").BIN / "postern"), "play", "--speed", "1000", str(recording.path)], capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
+    shown = subprocess.run([str(BIN / "postern"), "play", "--speed", "1000", str(recording.path)], capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
     assert shown.returncode == 0, shown.stderr
     assert r.out in shown.stdout.replace(b"\r\n", b"\n") or r.out in shown.stdout
 
