@@ -318,7 +318,7 @@ void Broker::fill_pool() {
         const auto connection = want_worker_.front().lock();
         want_worker_.pop_front();
         if (!connection) continue;
-        serving_[worker.token] = {connection->peer().address, false};
+        serving_[worker.token] = connection->peer().address;
         return connection->serve(std::move(worker));
       }
       pool_.push_back(std::move(worker));
@@ -330,7 +330,7 @@ void Broker::give_worker(std::shared_ptr<Connection> connection) {
   if (!pool_.empty()) {
     Worker worker = std::move(pool_.front());
     pool_.pop_front();
-    serving_[worker.token] = {connection->peer().address, false};
+    serving_[worker.token] = connection->peer().address;
     connection->serve(std::move(worker));
   } else {
     want_worker_.push_back(connection);
@@ -342,18 +342,19 @@ void Broker::worker_died(std::uint64_t token, int wait_status) {
   std::erase_if(pool_, [token](const Worker& w) { return w.token == token; });
   const auto it = serving_.find(token);
   if (it == serving_.end()) return fill_pool();
-  const Serving serving = it->second;
+  const Address source = it->second;
   serving_.erase(it);
-  // SIGKILL is no parser's doing: its session ends it so, an administrator, or the kernel out of memory.
-  if (WIFSIGNALED(wait_status) && WTERMSIG(wait_status) != SIGKILL && !serving.ours_to_kill) {
+  // SIGKILL is no parser's doing: it is how we and its session end it, an administrator, or the kernel out of memory. (That we killed it,
+  // too, says nothing: its end is seen here last, after its socket and its pidfd.)
+  if (WIFSIGNALED(wait_status) && WTERMSIG(wait_status) != SIGKILL) {
     // A parser that crashed, or a filter that killed it: fresh addresses for the next ones, at most once a minute; beyond that the
     // source waits instead.
-    spdlog::error("event=net_crashed peer={} signal={}", serving.source.text(), WTERMSIG(wait_status));
+    spdlog::error("event=net_crashed peer={} signal={}", source.text(), WTERMSIG(wait_status));
     if (!net_zygote_->replace_after_crash()) {
       const auto now = std::chrono::steady_clock::now();
       std::erase_if(penalties_, [now](const auto& p) { return p.second <= now; });
-      penalties_[serving.source] = now + config_.limits.crash_penalty;
-      spdlog::warn("event=penalty peer={} seconds={}", serving.source.text(), std::chrono::duration_cast<std::chrono::seconds>(config_.limits.crash_penalty).count());
+      penalties_[source] = now + config_.limits.crash_penalty;
+      spdlog::warn("event=penalty peer={} seconds={}", source.text(), std::chrono::duration_cast<std::chrono::seconds>(config_.limits.crash_penalty).count());
     } else {
       pool_.clear();  // warm ones of the old zygote share its layout; without a broker they end
       fill_pool();

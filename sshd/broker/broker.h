@@ -115,11 +115,7 @@ class Broker {
   std::deque<Worker> pool_;
   std::size_t pool_asked_ = 0;
   std::deque<std::weak_ptr<Connection>> want_worker_;
-  struct Serving {
-    Address source;
-    bool ours_to_kill = false;
-  };
-  std::map<std::uint64_t, Serving> serving_;  // net zygote's token -> who it served
+  std::map<std::uint64_t, Address> serving_;  // net zygote's token -> whom it serves
   std::map<Address, std::chrono::steady_clock::time_point> penalties_;
   std::map<Address, std::uint32_t> unauthenticated_;
   std::uint32_t unauthenticated_in_all_ = 0;

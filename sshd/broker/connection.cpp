@@ -504,7 +504,6 @@ void Connection::break_off(const std::string& why) {
 
 void Connection::kill_net() {
   if (!net_pidfd_) return;
-  if (const auto it = broker_.serving_.find(net_token_); it != broker_.serving_.end()) it->second.ours_to_kill = true;
   pidfd_signal(net_pidfd_.get(), SIGKILL);
 }
 
