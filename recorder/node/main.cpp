@@ -11,6 +11,7 @@
 #include <CLI/CLI.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
 
@@ -94,6 +95,7 @@ int main(int argc, char* argv[]) {
       std::cerr << "postern-recorder: " << started.error().doing << "\n";
       return 1;
     }
+    boost::asio::steady_timer deadline{io};
     std::function<void()> wait;
     wait = [&] {
       signals.async_wait([&](const boost::system::error_code& ec, int number) {
@@ -110,6 +112,13 @@ int main(int argc, char* argv[]) {
         spdlog::info("event=stopping signal={}", number);
         notify_systemd("STOPPING=1");
         server.stop([&] { io.stop(); });
+        deadline.expires_after(settings->stop_timeout);
+        deadline.async_wait([](const boost::system::error_code& error) {
+          if (error) return;
+          // The disk hangs, and with it the threads that we would wait for. Nothing that was acked is lost by this.
+          spdlog::critical("event=stop_forced reason=\"storage does not answer\"");
+          ::_exit(1);
+        });
       });
     };
     wait();

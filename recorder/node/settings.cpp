@@ -196,6 +196,7 @@ Expected<Settings> parse_settings(std::string_view text, const std::string& file
       r.duration("stall_timeout", s.http2.stall_timeout);
       r.duration("peer_timeout", s.http2.peer_timeout);
       r.duration("shutdown_timeout", s.shutdown_timeout);
+      r.duration("stop_timeout", s.stop_timeout);
       std::uint64_t stream = s.http2.stream_window, connection = s.http2.connection_window, headers = s.http2.max_header_list;
       r.size("stream_window", stream, 64 << 10, 1 << 30);
       r.size("connection_window", connection, 64 << 10, 1 << 30);

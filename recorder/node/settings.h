@@ -25,6 +25,7 @@ struct Settings {
   std::uint32_t connections_per_source = 128;
   std::chrono::milliseconds open_timeout{10000};     ///< for the open line, and for a whole HTTP/1.1 request
   std::chrono::milliseconds shutdown_timeout{2000};  ///< what was answered may still be on its way
+  std::chrono::milliseconds stop_timeout{30000};     ///< for the last commit; then the process ends without it
   std::string log_level = "info";
 };
 

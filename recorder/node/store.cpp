@@ -3,6 +3,8 @@
 #include "base/log.h"
 #include "recorder/cast/chain.h"
 
+#include <boost/asio/post.hpp>
+#include <boost/asio/thread_pool.hpp>
 #include <nlohmann/json.hpp>
 
 #include <fcntl.h>
@@ -124,7 +126,7 @@ struct Store::Impl {
     std::optional<PendingOpen> pending;
     bool hashing = false;
     // of the turn
-    bool dirty = false, cast_dirty = false, meta_dirty = false, folder_dirty = false, to_rename = false;
+    bool dirty = false, cast_dirty = false, meta_dirty = false, synced_cast = false, folder_dirty = false, to_rename = false;
     std::vector<std::function<void(const ErrorLine*)>> replies;  // after the turn's syncs; null = they succeeded
     std::string first_line;
     bool header_done = false;
@@ -166,6 +168,7 @@ struct Store::Impl {
   std::vector<Ptr> dirty, took;
   std::set<fs::path> new_folders;  // to fsync: a folder was made in them
   std::vector<std::function<void()>> outbox;
+  boost::asio::thread_pool syncers{16};
   bool urgent = false, closing = false, was_accepting = true;
   std::uint64_t free = 0, since_check = 0;
   Clock::time_point next_health{}, last_turn{}, full_until{};
@@ -373,6 +376,7 @@ struct Store::Impl {
     }
     if (r->upload != 0) fail(r, {text, Code::io_error, 0});
     publish(*r);
+    release(*r);
   }
 
   // ---- meta
@@ -799,19 +803,13 @@ struct Store::Impl {
       if (r->cast_dirty) ::sync_file_range(r->cast.get(), 0, 0, SYNC_FILE_RANGE_WRITE);
     std::vector<Ptr> wait_for_folder;
     std::set<fs::path> folders = std::exchange(new_folders, {});
-    for (const auto& r : work) {
+    sync_all(work, [&](const Ptr& r, const Synced& result) {
       health();
-      const bool synced = sync_files(r);
+      const bool synced = take_synced(r, result);
       r->dirty = false;  // not before: release() would close its files
-      if (!synced) {
-        release(*r);
-        continue;
-      }
+      if (!synced) return release(*r);
       if (std::exchange(r->to_rename, false)) {
-        if (::rename(r->part_path().c_str(), r->whole_path().c_str()) != 0) {
-          fail_storage(r, "rename", errno);
-          continue;
-        }
+        if (::rename(r->part_path().c_str(), r->whole_path().c_str()) != 0) return fail_storage(r, "rename", errno);
         change(*r, [&](Copy& c) {
           c.state = CopyState::whole;
           c.path = fs::relative(r->whole_path(), settings.dir).string();
@@ -825,7 +823,7 @@ struct Store::Impl {
       } else {
         committed(r);
       }
-    }
+    });
     int error = 0;
     for (const auto& folder : folders) {
       health();
@@ -838,19 +836,72 @@ struct Store::Impl {
     if (!wait_for_folder.empty()) last_commit = Clock::now();
   }
 
-  bool sync_files(const Ptr& r) {
-    const bool cast = std::exchange(r->cast_dirty, false), meta = std::exchange(r->meta_dirty, false);
-    if (r->failed) return false;
-    if (cast) {
-      if (settings.sync(r->cast.get()) != 0) {
-        fail_storage(r, "fdatasync", errno);
-        return false;
+  struct Synced {
+    int cast = 0, meta = 0;  // errno, or 0
+  };
+  Synced sync_files(int cast, int meta) const {
+    Synced out;
+    if (cast >= 0 && settings.sync(cast) != 0) out.cast = errno;
+    if (out.cast == 0 && meta >= 0 && settings.sync(meta) != 0) out.meta = errno;
+    return out;
+  }
+
+  /// Syncs what is dirty of each and hands the results on as they come. Many at a time: a journaling file system then makes one
+  /// commit of them (jbd2), and a thousand recordings that move here do not stand in line for a thousand flushes. The storage
+  /// thread waits for each: when none comes back, it stands still, and so do the health lines.
+  template <class F>
+  void sync_all(const std::vector<Ptr>& work, const F& done) {
+    const auto files = [](Recording& r) {
+      const int cast = std::exchange(r.cast_dirty, false) && !r.failed ? r.cast.get() : -1;
+      const int meta = std::exchange(r.meta_dirty, false) && !r.failed ? r.meta.get() : -1;
+      return std::pair{cast, meta};
+    };
+    if (work.size() <= 2) {
+      for (const auto& r : work) {
+        const auto [cast, meta] = files(*r);
+        r->synced_cast = cast >= 0;
+        done(r, sync_files(cast, meta));
       }
+      return;
+    }
+    std::mutex mutex;  // of `results`
+    std::condition_variable more;
+    std::vector<std::pair<Ptr, Synced>> results;
+    for (const auto& r : work) {
+      const auto [cast, meta] = files(*r);
+      r->synced_cast = cast >= 0;
+      boost::asio::post(syncers, [&, r, cast, meta] {
+        const Synced result = sync_files(cast, meta);
+        // Notified under the lock: the waiter's variables are gone when it has the last one.
+        const std::lock_guard guard{mutex};
+        results.emplace_back(r, result);
+        more.notify_one();
+      });
+    }
+    for (std::size_t left = work.size(); left > 0;) {
+      std::vector<std::pair<Ptr, Synced>> ready;
+      {
+        std::unique_lock guard{mutex};
+        more.wait(guard, [&] { return !results.empty(); });
+        ready.swap(results);
+      }
+      left -= ready.size();
+      for (const auto& [r, result] : ready) done(r, result);
+    }
+  }
+
+  bool take_synced(const Ptr& r, const Synced& result) {
+    if (r->failed) return false;
+    if (result.cast != 0) {
+      fail_storage(r, "fdatasync", result.cast);
+      return false;
+    }
+    if (r->synced_cast) {
       r->committed = r->length;
       r->durable = r->chain;
     }
-    if (meta && settings.sync(r->meta.get()) != 0) {
-      fail_storage(r, "fdatasync of the meta file", errno);
+    if (result.meta != 0) {
+      fail_storage(r, "fdatasync of the meta file", result.meta);
       return false;
     }
     return true;
