@@ -141,9 +141,11 @@ void SessionChannel::start(ch::StartKind kind, std::string_view text) {
 
 void SessionChannel::window_change(const ch::WindowChange& request) {
   if (!terminal_ || !terminal_->leader || closed_) return;
+  const bool another = request.cols != window_.cols || request.rows != window_.rows;
   window_ = {request.cols, request.rows, request.xpixels, request.ypixels};
   if (const auto set = pty::set_window(terminal_->leader.get(), window_); !set) return;
-  if (tee_ && (state_ == State::running || state_ == State::waiting)) tee_->resize(window_.cols, window_.rows);
+  // Clients repeat themselves; the kernel sends no SIGWINCH for that, and a recording has no resize.
+  if (another && tee_ && (state_ == State::running || state_ == State::waiting)) tee_->resize(window_.cols, window_.rows);
 }
 
 void SessionChannel::signal(std::string_view name) {

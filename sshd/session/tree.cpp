@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -108,9 +109,22 @@ ProcessTree::~ProcessTree() { let_go(); }
 
 bool ProcessTree::make_leaf() {
   if (::mkdir(base_.c_str(), 0755) != 0 && errno != EEXIST) return false;
-  if (::mkdir(leaf_.c_str(), 0755) != 0 && errno != EEXIST) return false;
-  made_ = true;
-  return ::access((leaf_ + "/cgroup.procs").c_str(), W_OK) == 0;
+  for (int i = 0; i < 10; i++) {
+    if (::mkdir(leaf_.c_str(), 0755) != 0 && errno != EEXIST) return false;
+    // Held for as long as we live, because sweep() removes empty leaves and ours is empty until the program is in it: a zygote that
+    // started just then made "cannot enter the session's cgroup: No such device" of a login (seen in bench/failover).
+    UniqueFd held{::open(leaf_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+    if (!held && errno == ENOENT) continue;
+    if (!held || ::flock(held.get(), LOCK_SH) != 0) return false;
+    if (::access((leaf_ + "/cgroup.procs").c_str(), W_OK) != 0) {
+      if (errno == ENOENT) continue;  // swept before it was held
+      return false;
+    }
+    held_ = std::move(held);
+    made_ = true;
+    return true;
+  }
+  return false;
 }
 
 void ProcessTree::adopt_scope(pid_t pam_process) {
@@ -120,6 +134,7 @@ void ProcessTree::adopt_scope(pid_t pam_process) {
   if (now.empty() || now == before_) return;
   if (made_) ::rmdir(leaf_.c_str());
   made_ = false;
+  held_.reset();
   leaf_ = now;
   scope_ = true;
 }
@@ -127,7 +142,7 @@ void ProcessTree::adopt_scope(pid_t pam_process) {
 UniqueFd ProcessTree::entrance() {
   if (leaf_.empty() || scope_) return {};  // in the scope: children are born there
   UniqueFd fd{::open((leaf_ + "/cgroup.procs").c_str(), O_WRONLY | O_CLOEXEC)};
-  // A zygote that started meanwhile may have swept the empty leaf.
+  // Somebody tidied up by hand.
   if (!fd && errno == ENOENT && make_leaf()) fd.reset(::open((leaf_ + "/cgroup.procs").c_str(), O_WRONLY | O_CLOEXEC));
   return fd;
 }
@@ -165,6 +180,7 @@ bool ProcessTree::empty() { return members().empty(); }
 void ProcessTree::let_go() {
   if (leaf_.empty() || scope_ || !made_) return;
   made_ = false;
+  held_.reset();
   for (int i = 0; i < 20; i++) {
     if (::rmdir(leaf_.c_str()) == 0 || errno == ENOENT) return;
     // Programs that outlive their connection (screen, nohup) go on in one common place, so that leaves do not pile up.
@@ -183,7 +199,11 @@ void ProcessTree::sweep() {
   if (folder == nullptr) return;
   while (const dirent* e = ::readdir(folder)) {
     const std::string name{e->d_name};
-    if (name.size() == 26) ::rmdir((base + "/" + name).c_str());  // fails for those in use
+    if (name.size() != 26) continue;
+    const std::string leaf = base + "/" + name;
+    const UniqueFd held{::open(leaf.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
+    // A living session holds its leaf, also while no program is in it yet (make_leaf).
+    if (held && ::flock(held.get(), LOCK_EX | LOCK_NB) == 0) ::rmdir(leaf.c_str());  // fails where programs live on
   }
   ::closedir(folder);
 }

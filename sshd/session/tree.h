@@ -37,7 +37,7 @@ class ProcessTree {
 
   const char* kind() const noexcept { return leaf_.empty() ? "subreaper" : scope_ ? "scope" : "leaf"; }
 
-  /// Removes leaves whose session died without let_go(). For the zygote, at its start.
+  /// Removes leaves whose session died without let_go(); those of living sessions are locked. For the zygote, at its start.
   static void sweep();
 
  private:
@@ -48,6 +48,7 @@ class ProcessTree {
   std::string base_;    // ".../postern"
   std::string leaf_;    // ".../postern/<id>", or logind's scope
   std::string before_;  // own cgroup before PAM
+  UniqueFd held_;       // the leaf, locked (flock(2)) against sweep()
   bool scope_ = false;
   bool made_ = false;
   pid_t spared_ = 0;
