@@ -3,6 +3,7 @@
 // Runs as its own user without rights. Reads the sessions' encoded streams (from root, opaque bytes) and what recorders answer.
 // Never encodes, never signs, knows neither keys nor policy.
 
+#include "base/daemon.h"
 #include "base/log.h"
 #include "recorder/relay/relay.h"
 #include "recorder/relay/settings.h"
@@ -10,47 +11,10 @@
 #include <CLI/CLI.hpp>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
-#include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
 
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <unistd.h>
-
 #include <csignal>
-#include <cstdlib>
-#include <cstring>
 #include <iostream>
-
-namespace {
-
-/// sd_notify(3) without libsystemd: one datagram to NOTIFY_SOCKET; '@' names an abstract socket.
-void notify_systemd(const std::string& text) {
-  const char* const path = std::getenv("NOTIFY_SOCKET");
-  if (!path) return;
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  const std::size_t length = std::strlen(path);
-  if (length == 0 || length >= sizeof address.sun_path) return;
-  std::memcpy(address.sun_path, path, length);
-  if (address.sun_path[0] == '@') address.sun_path[0] = '\0';
-  const postern::UniqueFd socket{::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)};
-  if (!socket) return;
-  const auto size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + length);
-  (void)!::sendto(socket.get(), text.data(), text.size(), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address), size);
-}
-
-void tell_ready(int fd, const postern::recorder::relay::Settings& settings) {
-  if (fd >= 0) {
-    const nlohmann::json ready{{"listening", {settings.session_socket}}, {"control", settings.control_socket}, {"pid", ::getpid()}};
-    const std::string line = ready.dump() + "\n";
-    (void)!::write(fd, line.data(), line.size());
-    ::close(fd);
-  }
-  notify_systemd("READY=1");
-}
-
-}  // namespace
 
 int main(int argc, char* argv[]) {
   using namespace postern;
@@ -93,7 +57,7 @@ int main(int argc, char* argv[]) {
       io.stop();
     });
     spdlog::info("event=serving socket={} journal={}", settings->session_socket, settings->journal.dir.string());
-    tell_ready(ready_fd, *settings);
+    tell_ready(ready_fd, {settings->session_socket}, {{"control", settings->control_socket}});
     io.run();
     relay.stop();
   } catch (const std::exception& e) {

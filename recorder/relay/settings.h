@@ -40,7 +40,7 @@ struct Settings {
   std::string log_level = "info";
 };
 
-/// `error.doing` is "FILE:LINE:COLUMN: field: what (hint)".
+/// `error.doing` is a line for each problem, "FILE:LINE:COLUMN: field: what (hint)".
 Expected<Settings> load_settings(const std::string& file);
 Expected<Settings> parse_settings(std::string_view text, const std::string& file);
 

@@ -3,6 +3,7 @@
 #include "base/address.h"
 #include "base/expected.h"
 #include "base/node.h"
+#include "base/settings.h"
 
 #include <chrono>
 #include <cstdint>
@@ -36,7 +37,7 @@ struct Config {
     std::string registration_socket = "/run/postern/registration.sock";
   } control;
   struct Relay {
-    std::string socket = "/run/postern/relay.sock";
+    std::string socket = "/run/postern-relay/relay.sock";
   } relay;
   struct Recorder {
     std::uint16_t port = 80;
@@ -75,11 +76,5 @@ struct Config {
 
 /// Reads `text`; all problems at once, with their places. Unknown sections, unknown keys, wrong types and values out of range are problems.
 Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::string_view file_name);
-
-/// "250ms", "10s", "5m", "2h". Nothing else.
-std::optional<std::chrono::milliseconds> parse_duration(std::string_view text);
-
-/// A whole file of at most `largest` bytes. Errors: errno, EFBIG.
-Expected<std::string> read_whole_file(const std::string& path, std::size_t largest);
 
 }  // namespace postern::sshd::broker

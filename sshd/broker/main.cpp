@@ -2,6 +2,7 @@
 //
 // Runs as root. Accepts connections, asks the identity provider who is there, decides by the policy, signs with the host keys, and
 // remembers who is in. Never parses an SSH byte: postern-net does, in its sandbox, and what it says is taken as a stranger's word.
+#include "base/daemon.h"
 #include "base/log.h"
 #include "sshd/broker/broker.h"
 
@@ -9,16 +10,11 @@
 #include <boost/asio/signal_set.hpp>
 
 #include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 
 #include <sys/resource.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <csignal>
-#include <cstdio>
-#include <cstring>
 #include <filesystem>
 #include <iostream>
 #include <linux/close_range.h>
@@ -31,21 +27,6 @@ using postern::Problem;
 int print_problems(const std::vector<Problem>& problems) {
   for (const auto& p : problems) std::cerr << p.text() << "\n";
   return 1;
-}
-
-// sd_notify(3): one datagram to the socket that systemd named.
-void notify_systemd(const char* state) {
-  const char* path = std::getenv("NOTIFY_SOCKET");
-  if (path == nullptr || (path[0] != '/' && path[0] != '@')) return;
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  const std::size_t length = std::strlen(path);
-  if (length >= sizeof address.sun_path) return;
-  std::memcpy(address.sun_path, path, length);
-  if (path[0] == '@') address.sun_path[0] = '\0';
-  const postern::UniqueFd fd{::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)};
-  (void)::sendto(fd.get(), state, std::strlen(state), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address),
-                 static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + length));
 }
 
 }  // namespace
@@ -136,15 +117,10 @@ int main(int argc, char** argv) {
       result = 1;
       return io.stop();
     }
-    nlohmann::json listening = nlohmann::json::array();
+    spdlog::info("event=ready");
+    std::vector<std::string> listening;
     for (const auto& e : broker.listening()) listening.push_back(e.text());
-    spdlog::info("event=ready listening={}", listening.dump());
-    notify_systemd("READY=1");
-    if (ready_fd >= 0) {
-      const std::string line = nlohmann::json{{"listening", listening}, {"control", broker.config().control.socket}}.dump() + "\n";
-      (void)!::write(ready_fd, line.data(), line.size());
-      ::close(ready_fd);
-    }
+    tell_ready(ready_fd, listening, {{"control", broker.config().control.socket}});
   });
   io.run();
   return result;

@@ -30,18 +30,18 @@ TEST_CASE("the addresses to listen on are all that must be set", "[broker][confi
 TEST_CASE("every problem of the settings is named at once with its line and column", "[broker][config]") {
   const auto p = problems_of("[listen]\naddresses = [\"localhost:22\"]\n[limits]\nlogin_grace_time = 30\nauth_attempts = 0\n[limit]\nx = 1\n[log]\nlevel = \"loud\"\n");
   REQUIRE(p.size() == 5);
-  CHECK(p[0].find("p.toml:2:14: listen.addresses: must be address:port") == 0);
+  CHECK(p[0].find("p.toml:2:14: listen.addresses[0]: must be address:port") == 0);
   CHECK(p[1].find("p.toml:4:20: limits.login_grace_time: must be a duration") == 0);
-  CHECK(p[2].find("p.toml:5:17: limits.auth_attempts: must be from 1 to 100") == 0);
+  CHECK(p[2].find("p.toml:5:17: limits.auth_attempts: must be a whole number from 1 to 100") == 0);
   CHECK(p[3].find("p.toml:6:") == 0);
-  CHECK(p[3].find("unknown section") != std::string::npos);
-  CHECK(p[4].find("p.toml:9:9: log.level: unknown level") == 0);
+  CHECK(p[3].find("is not a setting") != std::string::npos);
+  CHECK(p[4].find("p.toml:9:9: log.level: is not a value") == 0);
 }
 
 TEST_CASE("a misspelt key is refused, not ignored", "[broker][config]") {
   const auto p = problems_of(listen + "[policy]\nrequire_network_rules = false\n");
   REQUIRE(p.size() == 1);
-  CHECK(p[0].find("policy.require_network_rules: unknown key") != std::string::npos);
+  CHECK(p[0].find("policy.require_network_rules: is not a setting") != std::string::npos);
 }
 
 TEST_CASE("settings that are not TOML name the place", "[broker][config]") {
@@ -62,5 +62,5 @@ TEST_CASE("durations are a number and a unit", "[broker][config]") {
   CHECK(parse_duration("10s") == 10s);
   CHECK(parse_duration("5m") == 5min);
   CHECK(parse_duration("2h") == 2h);
-  for (const char* bad : {"", "10", "s", "-1s", "1 s", "1.5s", "10S", "99999999999s"}) CHECK_FALSE(parse_duration(bad));
+  for (const char* bad : {"", "10", "s", "-1s", "1 s", "1.5s", "10S", "99999999999999999s"}) CHECK_FALSE(parse_duration(bad));
 }

@@ -1,0 +1,258 @@
+#include "base/settings.h"
+
+#include "base/unique_fd.h"
+
+#include <toml++/toml.h>
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <set>
+
+namespace postern {
+namespace {
+
+struct Unit {
+  std::string_view name;
+  std::uint64_t factor;
+};
+constexpr std::array<Unit, 5> time_units{{{"ms", 1}, {"s", 1000}, {"m", 60'000}, {"h", 3'600'000}, {"d", 86'400'000}}};
+constexpr std::array<Unit, 5> size_units{{{"B", 1}, {"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"TiB", std::uint64_t{1} << 40}}};
+
+template <std::size_t N>
+std::optional<std::uint64_t> parse_amount(std::string_view text, const std::array<Unit, N>& units) {
+  std::uint64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc{} || end == text.data()) return std::nullopt;
+  const std::string_view name{end, static_cast<std::size_t>(text.data() + text.size() - end)};
+  for (const auto& unit : units) {
+    if (name != unit.name) continue;
+    if (number > (std::uint64_t{1} << 53) / unit.factor) return std::nullopt;
+    return number * unit.factor;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<std::chrono::milliseconds> parse_duration(std::string_view text) {
+  const auto ms = parse_amount(text, time_units);
+  if (!ms) return std::nullopt;
+  return std::chrono::milliseconds{static_cast<std::int64_t>(*ms)};
+}
+
+std::optional<std::uint64_t> parse_size(std::string_view text) { return parse_amount(text, size_units); }
+
+Expected<std::string> read_whole_file(const std::string& path, std::size_t largest) {
+  const UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (!fd) return Unexpected{system_error("open " + path)};
+  std::string out;
+  char buffer[65536];
+  for (;;) {
+    const ssize_t n = ::read(fd.get(), buffer, sizeof buffer);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return Unexpected{system_error("read " + path)};
+    if (n == 0) return out;
+    if (out.size() + static_cast<std::size_t>(n) > largest) return Unexpected{system_error("read " + path, EFBIG)};
+    out.append(buffer, static_cast<std::size_t>(n));
+  }
+}
+
+struct SettingsReader::Impl {
+  std::string file;
+  toml::table root;
+  std::vector<Problem> problems;
+  std::set<std::string> tables;
+  std::string table_name;
+  const toml::table* table = nullptr;
+  std::set<std::string> known;
+  bool parsed = false;
+
+  void refuse(const toml::source_region& source, std::string field, std::string what, std::string hint) {
+    problems.push_back({{file, source.begin.line, source.begin.column}, std::move(field), std::move(what), std::move(hint)});
+  }
+  const toml::node* peek(const char* key) const { return table == nullptr ? nullptr : table->get(key); }
+  const toml::node* find(const char* key) {
+    known.insert(key);
+    return peek(key);
+  }
+  std::string field(const char* key) const { return table_name + "." + key; }
+};
+
+SettingsReader::SettingsReader(std::string_view text, std::string file) : impl_{std::make_unique<Impl>()} {
+  impl_->file = std::move(file);
+  try {
+    impl_->root = toml::parse(text, impl_->file);
+    impl_->parsed = true;
+  } catch (const toml::parse_error& e) {
+    impl_->refuse(e.source(), "", std::string{e.description()}, "");
+  }
+}
+
+SettingsReader::~SettingsReader() = default;
+
+void SettingsReader::table(const char* name, const std::function<void()>& members) {
+  Impl& me = *impl_;
+  if (!me.parsed) return;
+  me.tables.insert(name);
+  me.table_name = name;
+  me.known.clear();
+  const toml::node* node = me.root.get(name);
+  me.table = node == nullptr ? nullptr : node->as_table();
+  if (node != nullptr && me.table == nullptr) me.refuse(node->source(), name, "must be a table", std::string{"write ["} + name + "]");
+  members();
+  if (me.table == nullptr) return;
+  std::string hint = std::string{"settings of ["} + name + "]:";
+  for (const auto& k : me.known) hint += " " + k;
+  for (auto&& [key, value] : *me.table) {
+    const std::string k{key.str()};
+    if (!me.known.contains(k)) me.refuse(value.source(), me.table_name + "." + k, "is not a setting", hint);
+  }
+}
+
+void SettingsReader::refuse(const char* key, std::string what, std::string hint) {
+  if (const toml::node* node = impl_->peek(key)) impl_->refuse(node->source(), impl_->field(key), std::move(what), std::move(hint));
+}
+
+void SettingsReader::refuse_member(const char* key, std::size_t index, std::string what, std::string hint) {
+  const toml::node* node = impl_->peek(key);
+  const toml::array* list = node == nullptr ? nullptr : node->as_array();
+  if (list == nullptr || index >= list->size()) return;
+  impl_->refuse((*list)[index].source(), impl_->field(key) + "[" + std::to_string(index) + "]", std::move(what), std::move(hint));
+}
+
+void SettingsReader::text(const char* key, std::string& into, bool may_be_empty) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return;
+  const auto value = node->value_exact<std::string>();
+  if (!value) return refuse(key, "must be a text", "\"...\"");
+  if (value->empty() && !may_be_empty) return refuse(key, "must not be empty");
+  if (value->find('\0') != std::string::npos) return refuse(key, "must not contain NUL");
+  into = *value;
+}
+
+void SettingsReader::path(const char* key, std::string& into, bool may_be_empty, bool socket) {
+  std::string value;
+  const std::size_t before = impl_->problems.size();
+  text(key, value, may_be_empty);
+  if (impl_->peek(key) == nullptr || impl_->problems.size() != before) return;
+  if (!value.empty() && value[0] != '/') return refuse(key, "must be an absolute path");
+  if (socket && value.size() > 107) return refuse(key, "is too long for a unix socket (107 bytes at most, unix(7))");
+  into = value;
+}
+
+void SettingsReader::one_of(const char* key, std::string& into, const std::vector<std::string>& values) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return;
+  const auto value = node->value_exact<std::string>();
+  if (value && std::find(values.begin(), values.end(), *value) != values.end()) {
+    into = *value;
+    return;
+  }
+  std::string hint = "one of";
+  for (const auto& v : values) hint += " \"" + v + "\"";
+  refuse(key, value ? "is not a value that this setting has" : "must be a text", hint);
+}
+
+void SettingsReader::flag(const char* key, bool& into) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return;
+  if (const auto value = node->value_exact<bool>()) into = *value;
+  else refuse(key, "must be true or false");
+}
+
+std::optional<std::int64_t> SettingsReader::whole_number(const char* key, std::int64_t least, std::int64_t most) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return std::nullopt;
+  const auto value = node->value_exact<std::int64_t>();
+  if (value && *value >= least && *value <= most) return value;
+  refuse(key, "must be a whole number from " + std::to_string(least) + " to " + std::to_string(most));
+  return std::nullopt;
+}
+
+std::optional<std::chrono::milliseconds> SettingsReader::amount_of_time(const char* key, Milliseconds least, Milliseconds most) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return std::nullopt;
+  const auto value = node->value_exact<std::string>();
+  const auto time = value ? parse_duration(*value) : std::nullopt;
+  if (!time) {
+    refuse(key, "must be a duration", "a whole number and ms, s, m, h or d: \"500ms\"");
+    return std::nullopt;
+  }
+  if (*time >= least && *time <= most) return time;
+  refuse(key, "must be from " + std::to_string(least.count()) + "ms to " + std::to_string(most.count()) + "ms");
+  return std::nullopt;
+}
+
+std::optional<std::uint64_t> SettingsReader::amount_of_bytes(const char* key, std::uint64_t least, std::uint64_t most) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return std::nullopt;
+  const auto value = node->value_exact<std::string>();
+  const auto bytes = value ? parse_size(*value) : std::nullopt;
+  if (!bytes) {
+    refuse(key, "must be a size", "a whole number and B, KiB, MiB, GiB or TiB: \"4GiB\"");
+    return std::nullopt;
+  }
+  if (*bytes >= least && *bytes <= most) return bytes;
+  refuse(key, "must be from " + std::to_string(least) + " to " + std::to_string(most) + " bytes");
+  return std::nullopt;
+}
+
+void SettingsReader::address(const char* key, std::optional<Address>& into) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return;
+  const auto value = node->value_exact<std::string>();
+  if (value && value->empty()) return into.reset();
+  const auto parsed = value ? Address::parse(*value) : std::nullopt;
+  if (parsed) into = parsed;
+  else refuse(key, "must be a numeric IP address", "\"127.0.0.2\"");
+}
+
+std::optional<std::vector<std::string>> SettingsReader::text_list(const char* key, const std::string& hint, bool required) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) {
+    // The place of what is missing: its table, or the file's beginning.
+    if (required && impl_->parsed) {
+      toml::source_region at;
+      at.begin = {1, 1};
+      impl_->refuse(impl_->table == nullptr ? at : impl_->table->source(), impl_->field(key), "is missing", "[" + hint + "]");
+    }
+    return std::nullopt;
+  }
+  const toml::array* list = node->as_array();
+  if (list == nullptr || (required && list->empty())) {
+    refuse(key, required ? "must be a list that is not empty" : "must be a list", "[" + hint + "]");
+    return std::nullopt;
+  }
+  std::vector<std::string> texts;
+  for (const auto& member : *list) texts.push_back(member.value_exact<std::string>().value_or(std::string(1, '\0')));  // NUL: no parse takes it
+  return texts;
+}
+
+std::vector<Problem> SettingsReader::finish() {
+  Impl& me = *impl_;
+  if (me.parsed) {
+    std::string hint = "tables:";
+    for (const auto& t : me.tables) hint += " [" + t + "]";
+    for (auto&& [key, value] : me.root) {
+      const std::string k{key.str()};
+      if (!me.tables.contains(k)) me.refuse(value.source(), k, "is not a setting", hint);
+    }
+  }
+  std::stable_sort(me.problems.begin(), me.problems.end(), [](const Problem& a, const Problem& b) {
+    return std::pair{a.place.line, a.place.column} < std::pair{b.place.line, b.place.column};
+  });
+  return std::exchange(me.problems, {});
+}
+
+std::string text_of(const std::vector<Problem>& problems) {
+  std::string out;
+  for (const auto& p : problems) out += (out.empty() ? "" : "\n") + p.text();
+  return out;
+}
+
+}  // namespace postern
