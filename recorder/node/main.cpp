@@ -3,8 +3,8 @@
 // Runs as its own user without rights. Reads what relays and readers of allowed addresses send; all of it is hostile until parsed.
 // Never links sshd, PAM or policy code, never trusts a recording's header, never calls a byte kept that is not on disk.
 
+#include "base/daemon.h"
 #include "base/log.h"
-#include "base/unique_fd.h"
 #include "recorder/node/server.h"
 #include "recorder/node/settings.h"
 
@@ -12,51 +12,17 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
 #include <boost/asio/steady_timer.hpp>
-#include <nlohmann/json.hpp>
+#include <fmt/ranges.h>
 #include <spdlog/spdlog.h>
 
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <csignal>
-#include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <iostream>
-
-namespace {
-
-/// sd_notify(3) without libsystemd: one datagram to NOTIFY_SOCKET; '@' names an abstract socket.
-void notify_systemd(const std::string& text) {
-  const char* const path = std::getenv("NOTIFY_SOCKET");
-  if (!path) return;
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  const std::size_t length = std::strlen(path);
-  if (length == 0 || length >= sizeof address.sun_path) return;
-  std::memcpy(address.sun_path, path, length);
-  if (address.sun_path[0] == '@') address.sun_path[0] = '\0';
-  const postern::UniqueFd socket{::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)};
-  if (!socket) return;
-  const auto size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + length);
-  (void)!::sendto(socket.get(), text.data(), text.size(), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address), size);
-}
-
-void tell_ready(int fd, const postern::recorder::node::Server& server) {
-  nlohmann::json listening = nlohmann::json::array();
-  for (const auto& e : server.listening()) listening.push_back(e.text());
-  spdlog::info("event=serving listening={}", listening.dump());
-  if (fd >= 0) {
-    const std::string line = nlohmann::json{{"listening", listening}, {"pid", ::getpid()}}.dump() + "\n";
-    (void)!::write(fd, line.data(), line.size());
-    ::close(fd);
-  }
-  notify_systemd("READY=1");
-}
-
-}  // namespace
+#include <string>
+#include <vector>
 
 int main(int argc, char* argv[]) {
   using namespace postern;
@@ -122,7 +88,10 @@ int main(int argc, char* argv[]) {
       });
     };
     wait();
-    tell_ready(ready_fd, server);
+    std::vector<std::string> listening;
+    for (const auto& e : server.listening()) listening.push_back(e.text());
+    spdlog::info("event=serving listening={}", fmt::join(listening, ","));
+    tell_ready(ready_fd, listening);
     io.run();
     spdlog::info("event=stopped");
   } catch (const std::exception& e) {

@@ -232,6 +232,7 @@ TEST_CASE("settings name the place of what is wrong", "[recorder_node]") {
   CHECK(error("[store]\nmin_free = 5\n").starts_with("r.toml:2:12: store.min_free"));
   CHECK(error("[limits]\nstreams = 0\n").starts_with("r.toml:2:11: limits.streams"));
   CHECK(error("[store]\nturn_bytes = \"1B\"\n").starts_with("r.toml:2:14: store.turn_bytes"));
+  CHECK(error("[listen]\naddresses = []\n").starts_with("r.toml:2:13: listen.addresses"));
   CHECK(error("[nothing]\n").starts_with("r.toml:1:1: nothing: is not a setting"));
   const auto s = node::parse_settings("[store]\nmin_free = \"1GiB\"\nhealth_interval = \"50ms\"\n[listen]\naddresses = [\"127.0.2.1\"]\n", "r.toml");
   REQUIRE(s);
