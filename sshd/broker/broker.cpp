@@ -152,6 +152,10 @@ void Broker::start(std::function<void(Expected<Done>)> ready) {
   }
   if (::mkdir(config_.sandbox.empty_root.c_str(), 0555) != 0 && errno != EEXIST)
     return ready(Unexpected{system_error("make the empty root " + config_.sandbox.empty_root)});
+  // Nobody else may put something in there later.
+  struct stat empty_root {};
+  if (as_root_ && (::lstat(config_.sandbox.empty_root.c_str(), &empty_root) != 0 || !S_ISDIR(empty_root.st_mode) || empty_root.st_uid != 0))
+    return ready(Unexpected{Error{EPERM, "sandbox.empty_root: " + config_.sandbox.empty_root + " is no folder of root's"}});
   if (as_root_ && ::chmod(config_.sandbox.empty_root.c_str(), 0555) != 0)
     return ready(Unexpected{system_error("make the empty root " + config_.sandbox.empty_root)});
   bool fits = net_hello.version_string.set(config_.ssh.version_string) && net_hello.empty_root.set(config_.sandbox.empty_root) &&
@@ -398,8 +402,9 @@ Expected<UniqueFd> Broker::local_listener(const std::string& path, int type) {
   if (path.size() >= sizeof address.sun_path) return Unexpected{system_error("listen on " + path, ENAMETOOLONG)};
   std::memcpy(address.sun_path, path.data(), path.size());
   // A socket that nobody serves any more is left by a broker that was killed; one that is served is another broker's.
-  const UniqueFd probe{::socket(AF_UNIX, type | SOCK_CLOEXEC, 0)};
-  if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0)
+  // EAGAIN: somebody listens and is busy (connect(2)); a blocking one would wait for it.
+  const UniqueFd probe{::socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
+  if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0 || errno == EAGAIN)
     return Unexpected{Error{EADDRINUSE, "listen on " + path + ": another posternd serves it"}};
   struct stat st {};
   if (::lstat(path.c_str(), &st) == 0 && S_ISSOCK(st.st_mode)) ::unlink(path.c_str());

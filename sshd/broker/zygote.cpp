@@ -30,7 +30,10 @@ Expected<Program> Program::open(const std::string& dir, const std::string& name)
   UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
   if (!fd) return Unexpected{system_error("open program " + path)};
   if (::faccessat(AT_FDCWD, path.c_str(), X_OK, AT_EACCESS) != 0) return Unexpected{system_error("run program " + path)};
-  return Program{name, std::move(fd)};
+  // Never descriptor 3: in the child that is the control socket by the time of exec.
+  UniqueFd high{::fcntl(fd.get(), F_DUPFD_CLOEXEC, 10)};
+  if (!high) return Unexpected{system_error("open program " + path)};
+  return Program{name, std::move(high)};
 }
 
 Zygote::Zygote(boost::asio::io_context& io, const Program& program, ZygoteProtocol protocol, std::vector<std::byte> hello,
@@ -175,7 +178,8 @@ void Zygote::on_message(const std::shared_ptr<Process>& process, Message message
     } else {
       forked(Child{body->pid, std::move(message.fds[0])});
     }
-    return forget_idle();
+    forget_idle();
+    return pump();
   }
   if (message.type == protocol_.died && process->ready) {
     const auto body = message.body<net::WorkerDied>();
@@ -207,7 +211,8 @@ bool Zygote::replace_after_crash() {
 }
 
 void Zygote::pump() {
-  while (now_ && now_->ready && !waiting_.empty()) {
+  // The rest waits here and not in its socket: a burst would fill that, and look like a zygote that does not read.
+  while (now_ && now_->ready && !waiting_.empty() && now_->asked.size() < most_asked) {
     Waiting w = std::move(waiting_.front());
     waiting_.pop_front();
     now_->asked.emplace(w.token, std::move(w.forked));

@@ -56,6 +56,7 @@ class Zygote {
   using OnDied = std::function<void(std::uint64_t token, int wait_status)>;
 
   static constexpr std::chrono::seconds replace_interval{60};
+  static constexpr std::size_t most_asked = 32;    ///< forks that it is told before it has answered some
   static constexpr std::size_t most_replaced = 8;  ///< waiting for their workers; beyond that the oldest goes
   static constexpr std::chrono::seconds start_timeout{20};
 
