@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from harness import BIN, SLACK, new_stack
+from harness import BIN, ROOT, SLACK, new_stack
 
 PROGRAMS = ["posternd", "postern-relay", "postern-recorder"]
 
@@ -43,6 +43,25 @@ def test_check_config_names_an_unknown_key_by_file_line_and_column(files, progra
     r = run(program, "--config", broken, "--check-config")
     assert r.returncode == 1
     assert re.search(rf"^{re.escape(str(broken))}:{at + 2}:\d+: .*no_such_key", r.stderr, re.M), r.stderr
+
+
+@pytest.mark.parametrize("program, page", [("posternd", "SETTINGS.md"), ("postern-relay", "SETTINGS.relay.md"), ("postern-recorder", "SETTINGS.recorder.md")])
+def test_every_setting_is_described(program, page, tmp_path):
+    """The programs know their settings: an unknown table makes them list all tables, an unknown key the keys of its table."""
+    file = tmp_path / "x.toml"
+    text = (ROOT / "docs" / page).read_text()
+
+    def listed(toml, pattern):
+        file.write_text(toml)
+        found = re.search(pattern, run(program, "--config", file, "--check-config").stderr)
+        assert found, toml
+        return found[1].split()
+    tables = [t.strip("[]") for t in listed("[no_such_table]\nx = 1\n", r"no_such_table: .*\(tables: ([^)]*)\)")]
+    assert len(tables) > 3
+    for table in tables:
+        assert f"[{table}]" in text, f"{page} has no [{table}]"
+        for key in listed(f"[{table}]\nno_such_key = 1\n", rf"{table}\.no_such_key: .*\(settings of \[{table}\]: ([^)]*)\)"):
+            assert re.search(rf"(`|^|\s){key}(`|\s*=)", text, re.M), f"{page}: [{table}] {key} is not described"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
