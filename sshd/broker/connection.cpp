@@ -6,6 +6,7 @@
 #include "sshd/protocol/session.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -197,13 +198,25 @@ void Connection::watch_net() {
   const int copy = ::fcntl(net_pidfd_.get(), F_DUPFD_CLOEXEC, 3);
   if (copy < 0) return;
   net_watch_ = std::make_unique<boost::asio::posix::stream_descriptor>(broker_.io(), copy);
-  net_watch_->async_wait(boost::asio::posix::descriptor_base::wait_read, [weak = weak_from_this()](boost::system::error_code ec) {
+  when_ended(&Connection::net_watch_, &Connection::net_ended);
+}
+
+void Connection::when_ended(Watch watch, void (Connection::*then)()) {
+  (this->*watch)->async_wait(boost::asio::posix::descriptor_base::wait_read, [weak = weak_from_this(), watch, then](boost::system::error_code ec) {
     const auto self = weak.lock();
     if (ec || !self || self->done_) return;
-    self->net_pid_ = -1;
-    if (!self->granted_) return self->break_off("the client is gone");
-    // The session sees it too and ends by itself; its pidfd ends this connection.
+    // Asio's wait may end for nothing: events of a descriptor that was closed in the same round reach the next one that gets its state
+    // (epoll_reactor; seen when a client came in the moment another one left: it was put out at once).
+    pollfd p{(self.get()->*watch)->native_handle(), POLLIN, 0};
+    if (::poll(&p, 1, 0) <= 0) return self->when_ended(watch, then);
+    (self.get()->*then)();
   });
+}
+
+void Connection::net_ended() {
+  net_pid_ = -1;
+  if (!granted_) return break_off("the client is gone");
+  // The session sees it too and ends by itself; its pidfd ends this connection.
 }
 
 void Connection::on_net(Message message) {
@@ -311,17 +324,17 @@ void Connection::session_returns(std::unique_ptr<LocalSocket> socket) {
 
 void Connection::watch_session() {
   listen_to_session();
-  session_watch_->async_wait(boost::asio::posix::descriptor_base::wait_read, [weak = weak_from_this()](boost::system::error_code ec) {
-    const auto self = weak.lock();
-    if (ec || !self || self->done_) return;
-    self->session_pid_ = -1;
-    if (self->phase_ == Phase::ending && !self->granted_) return;
-    if (!self->granted_) return self->break_off("the session process ended");
-    self->kill_net();  // without a session there is nobody to serve it
-    // One that ended by itself left an empty leaf, or none. What is still in it lost its session by a crash: nobody could end it later.
-    kill_programs(self->id_, self->cgroup_, -1);
-    self->over();
-  });
+  when_ended(&Connection::session_watch_, &Connection::session_ended);
+}
+
+void Connection::session_ended() {
+  session_pid_ = -1;
+  if (phase_ == Phase::ending && !granted_) return;
+  if (!granted_) return break_off("the session process ended");
+  kill_net();  // without a session there is nobody to serve it
+  // One that ended by itself left an empty leaf, or none. What is still in it lost its session by a crash: nobody could end it later.
+  kill_programs(id_, cgroup_, -1);
+  over();
 }
 
 void Connection::start_registered() {

@@ -67,6 +67,11 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void kill_net();
   void watch_session();
   void watch_net();
+  using Watch = std::unique_ptr<boost::asio::posix::stream_descriptor> Connection::*;
+  /// Calls `then` once the process behind that pidfd has ended.
+  void when_ended(Watch watch, void (Connection::*then)());
+  void net_ended();
+  void session_ended();
   void uncount();
   void over();
   auth::policy::Verdict decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const;
