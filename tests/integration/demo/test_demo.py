@@ -15,7 +15,7 @@ NAMES = ["postern-net", "postern-relay", "postern-recorder", "postern-demo"]
 
 
 def demo(*arguments, timeout=300):
-    return subprocess.run([str(ROOT / "scripts/demo"), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout * SLACK)
+    return subprocess.run([str(ROOT / "scripts/demo"), *arguments, "--no-build"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout * SLACK)
 
 
 def users() -> set[str]:
@@ -170,7 +170,7 @@ def test_stop_ends_sessions_and_start_works_again_afterwards(running):
 def test_ctrl_c_in_the_foreground_stops_everything(running):
     assert demo("stop").returncode == 0
     try:
-        with Terminal([str(ROOT / "scripts/demo")], env={**os.environ, "TERM": "dumb"}) as t:
+        with Terminal([str(ROOT / "scripts/demo"), "--no-build"], env={**os.environ, "TERM": "dumb"}) as t:
             t.read_until(r"Ctrl-C stops everything", 120)
             pid = env()["POSTERND_PID"]
             t.send("\x03")
