@@ -23,7 +23,11 @@ while read -r line; do
   name=$(printf %s "$line" | cut -c 1-25 | sed 's/ *$//')
   p "limit:$name" "$(printf %s "$line" | cut -c 27-)"
 done </proc/self/limits
-p fds "$(ls /proc/$$/fd | sort -n | tr '\n' ' ')"
+# By the shell itself: a pipe to another program would come and go while one looks. One is the folder being read.
+set -- /proc/$$/fd/*
+open=
+for file in "$@"; do open="$open ${file##*/}"; done
+p fds "$open"
 p loginuid "$(cat /proc/self/loginuid 2>/dev/null)"
 p stdin "$(readlink /proc/self/fd/0 | sed 's/[0-9][0-9]*/N/g')"
 p stdout-of-shell "$(readlink /proc/$$/fd/1 | sed 's/[0-9][0-9]*/N/g')"
