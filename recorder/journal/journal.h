@@ -103,10 +103,12 @@ class Entry : public std::enable_shared_from_this<Entry> {
   std::size_t meta_size_ = 0;
   std::uint64_t length_ = 0, journaled_ = 0;
   std::string failure_;
+  bool dropped_ = false;
   std::vector<std::function<void(Expected<Done>)>> waiting_;  // for the next turn
   // Set by the owner, taken by the thread; under Journal::mutex_.
   std::vector<UniqueFd> old_files_;
   bool queued_ = false, cast_dirty_ = false, meta_dirty_ = false, new_ = false;
+  bool being_made_ = false;  // owner's thread only
 };
 
 /// The folder, and the thread that makes it durable.
