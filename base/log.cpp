@@ -13,7 +13,7 @@ void set_up_log(const std::string& program, const std::string& level) {
   spdlog::set_default_logger(std::move(logger));
 }
 
-std::string log_quoted(std::string_view text, std::size_t most) {
+std::string safe_quoted(std::string_view text, std::size_t most) {
   static constexpr char hex[] = "0123456789abcdef";
   std::string out = "\"";
   const bool cut = text.size() > most;

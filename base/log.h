@@ -13,7 +13,6 @@ void set_up_log(const std::string& program, const std::string& level = "info");
 
 /// A stranger's text made safe for one log field: printable ASCII kept, the rest as \xNN, cut at `most` bytes, in quotes.
 /// (Not named quoted: std::quoted would win by argument-dependent look-up.)
-std::string log_quoted(std::string_view text, std::size_t most = 256);
-inline std::string quoted(std::string_view text, std::size_t most = 256) { return log_quoted(text, most); }
+std::string safe_quoted(std::string_view text, std::size_t most = 256);
 
 }  // namespace postern

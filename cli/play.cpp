@@ -1,5 +1,6 @@
 // postern play FILE|URL: replays a recording in the terminal, or gives back its exact bytes.
 
+#include "base/log.h"
 #include "cli/command.h"
 #include "cli/http.h"
 #include "recorder/cast/decoder.h"
@@ -90,7 +91,7 @@ void play(const Options& options) {
         [&](const Answer& answer) {
           status = answer.status;
           if (const auto state = answer.headers.find("postern-state"); state != answer.headers.end() && state->second != "whole")
-            std::cerr << "postern play: this copy is " << state->second << "\n";
+            std::cerr << "postern play: this copy is " << safe_quoted(state->second, 20) << "\n";
           return true;
         },
         [&](std::string_view bytes) {
@@ -102,7 +103,7 @@ void play(const Options& options) {
         },
         std::chrono::seconds{60});
     if (!done) fail(done.error().doing);
-    if (status != 200) fail(options.source + ": HTTP status " + std::to_string(status) + (refusal.empty() ? "" : ": " + refusal));
+    if (status != 200) fail(options.source + ": HTTP status " + std::to_string(status) + (refusal.empty() ? "" : ": " + safe_quoted(refusal)));
   } else {
     const UniqueFd file{::open(options.source.c_str(), O_RDONLY | O_CLOEXEC)};
     if (!file) fail(options.source + ": " + std::strerror(errno));

@@ -138,7 +138,7 @@ Expected<std::vector<Copy>> ask_recorder(const std::string& name, const std::str
 
 /// Somebody else's text in a table of ours.
 std::string plain(const std::string& s, std::size_t most) {
-  std::string q = quoted(s, most);
+  std::string q = safe_quoted(s, most);
   return q.size() >= 2 ? q.substr(1, q.size() - 2) : q;
 }
 
@@ -197,7 +197,8 @@ void list(const Options& options) {
   }
   const auto entries = merge(copies, relay);
   if (options.json)
-    for (const auto& e : entries) std::cout << e.dump(-1, ' ', false, Json::error_handler_t::replace) << "\n";
+    // ASCII alone: U+009B is a terminal's CSI, and a header may say anything.
+    for (const auto& e : entries) std::cout << e.dump(-1, ' ', true, Json::error_handler_t::replace) << "\n";
   else
     print_table(entries);
   if (answered == 0) throw Exit{1};

@@ -79,7 +79,7 @@ class Reader {
   void read(const toml::table& root) {
     for (const auto& [key, value] : root) {
       if (key.str() != "node") {
-        problem(key.source().begin, std::string{key.str()}, "unknown key " + quoted(key.str(), 60), "the file has [[node]] tables only");
+        problem(key.source().begin, std::string{key.str()}, "unknown key " + safe_quoted(key.str(), 60), "the file has [[node]] tables only");
         continue;
       }
       const toml::array* nodes = value.as_array();
@@ -156,7 +156,7 @@ class Reader {
   bool taken(std::map<std::string, unsigned>& seen, const std::string& what, const toml::node& at, const std::string& field, const char* noun) {
     const unsigned line = lines_.place(file_, at.source().begin).line;
     const auto [first, is_new] = seen.try_emplace(what, line);
-    if (!is_new) problem(at, field, std::string{"another node has the "} + noun + " " + quoted(what, 80), "in line " + std::to_string(first->second));
+    if (!is_new) problem(at, field, std::string{"another node has the "} + noun + " " + safe_quoted(what, 80), "in line " + std::to_string(first->second));
     return !is_new;
   }
 
@@ -164,7 +164,7 @@ class Reader {
     for (const auto& [key, value] : table) {
       const auto k = key.str();
       if (k == "name" || k == "id" || k == "addresses" || k == "user" || k == "tags") continue;
-      problem(key.source().begin, field + "." + std::string{k}, "unknown key " + quoted(k, 60), "a node has name, id, addresses, user or tags");
+      problem(key.source().begin, field + "." + std::string{k}, "unknown key " + safe_quoted(k, 60), "a node has name, id, addresses, user or tags");
     }
     Node n;
     bool name_taken = false;
@@ -190,7 +190,7 @@ class Reader {
       const std::string where = field + ".addresses[" + std::to_string(index++) + "]";
       const auto address = Address::parse(value);
       if (!address) {
-        problem(*at, where, "not an IP address: " + quoted(value, 60),
+        problem(*at, where, "not an IP address: " + safe_quoted(value, 60),
                 value.find('/') != std::string::npos ? "one address, no prefix" : "numbers only, no name, no port");
         continue;
       }
@@ -211,7 +211,7 @@ class Reader {
     index = 0;
     for (const auto& [tag, at] : texts(table, "tags", field)) {
       const std::string where = field + ".tags[" + std::to_string(index++) + "]";
-      if (const auto wrong = problem_of_tag(tag); !wrong.empty()) problem(*at, where, quoted(tag, 80) + ": " + std::string{wrong}, "\"tag:server\"");
+      if (const auto wrong = problem_of_tag(tag); !wrong.empty()) problem(*at, where, safe_quoted(tag, 80) + ": " + std::string{wrong}, "\"tag:server\"");
       else if (std::find(n.tags.begin(), n.tags.end(), tag) != n.tags.end()) problem(*at, where, "the tag " + tag + " is named twice");
       else n.tags.push_back(tag);
     }

@@ -162,13 +162,13 @@ class Parser {
     if (c == '\'') return fail("a value cannot begin with '", "strings are written in double quotes");
     if (c == ',') return fail("a comma where a value should be", "one comma between two values, at most one after the last");
     if (c == ']' || c == '}') return fail(std::string{"\""} + c + "\" where a value should be");
-    return fail("not a value: " + quoted(text_.substr(at_, 1)), "a string in double quotes, a number, true, false, null, [ ] or { }");
+    return fail("not a value: " + safe_quoted(text_.substr(at_, 1)), "a string in double quotes, a number, true, false, null, [ ] or { }");
   }
 
   bool word(std::string_view w) {
     std::size_t length = 0;
     while (at_ + length < text_.size() && ((text_[at_ + length] | 0x20) >= 'a' && (text_[at_ + length] | 0x20) <= 'z')) length++;
-    if (text_.substr(at_, length) != w) return fail("not a value: " + quoted(text_.substr(at_, length), 40), "strings are written in double quotes");
+    if (text_.substr(at_, length) != w) return fail("not a value: " + safe_quoted(text_.substr(at_, length), 40), "strings are written in double quotes");
     at_ += length;
     return true;
   }
@@ -330,13 +330,13 @@ class Parser {
       member.column = column();
       if (peek() != '"') return fail("expected a name in double quotes here", "{ \"name\": value, ... }");
       if (!string(member.name) || !skip()) return false;
-      if (peek() != ':') return fail("expected \":\" after the name " + quoted(member.name, 40));
+      if (peek() != ':') return fail("expected \":\" after the name " + safe_quoted(member.name, 40));
       at_++;
       if (!skip() || !value(member.value, depth)) return false;
       if (const auto [first, is_new] = names.try_emplace(member.name, member.line); is_new) {
         out.members.push_back(std::move(member));
       } else {
-        fail_at(member.line, member.column, "the name " + quoted(member.name, 80) + " appears twice in this object",
+        fail_at(member.line, member.column, "the name " + safe_quoted(member.name, 80) + " appears twice in this object",
                 "first in line " + std::to_string(first->second) + "; merge the two");
       }
       if (!next('}', out, ok)) return ok;

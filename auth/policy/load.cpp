@@ -44,7 +44,7 @@ std::string json_quoted(std::string_view text) {
       out += '\\';
       out += c;
     } else if (u < 0x20 || u == 0x7f) {
-      out += quoted(std::string_view{&c, 1}).substr(1, 4);
+      out += safe_quoted(std::string_view{&c, 1}).substr(1, 4);
     } else {
       out += c;
     }

@@ -217,7 +217,7 @@ std::string denial_text(Denial denial, std::string_view ssh_user) {
     case Denial::invalid_user_name:
     case Denial::user_not_permitted: break;
   }
-  return "tailnet policy does not permit you to SSH as user " + quoted(ssh_user, 64);
+  return "tailnet policy does not permit you to SSH as user " + safe_quoted(ssh_user, 64);
 }
 
 bool is_mappable_user_name(std::string_view name) noexcept {

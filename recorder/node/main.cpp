@@ -71,7 +71,7 @@ int main(int argc, char* argv[]) {
             server.reload(*again);
             spdlog::info("event=settings_loaded file={} taken=\"ingest read\"", config);
           } else {
-            spdlog::error("event=settings_kept reason={}", postern::quoted(again.error().doing, 1000));
+            spdlog::error("event=settings_kept reason={}", postern::safe_quoted(again.error().doing, 1000));
           }
           return wait();
         }

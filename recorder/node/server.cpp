@@ -324,7 +324,7 @@ struct Server::Impl : std::enable_shared_from_this<Server::Impl> {
                                                  [self = shared_from_this(), weak](const std::string& why) {
                                                    const auto c = weak.lock();
                                                    if (!c) return;
-                                                   spdlog::debug("event=connection_closed source={} reason={}", c->peer.text(), postern::quoted(why));
+                                                   spdlog::debug("event=connection_closed source={} reason={}", c->peer.text(), postern::safe_quoted(why));
                                                    self->drop(c);
                                                  }},
                                             client->in);
@@ -338,7 +338,7 @@ struct Server::Impl : std::enable_shared_from_this<Server::Impl> {
     const bool may_upload = allowed(settings.ingest, source), may_read = allowed(settings.read, source);
     const auto refuse = [&](std::string text, Code code) {
       if (code == Code::not_allowed)
-        spdlog::warn("event=not_allowed source={} method={} path={}", client->peer.text(), postern::quoted(method, 16), postern::quoted(stream->path(), 100));
+        spdlog::warn("event=not_allowed source={} method={} path={}", client->peer.text(), postern::safe_quoted(method, 16), postern::safe_quoted(stream->path(), 100));
       answer_error(*stream, {std::move(text), code, 0});
     };
     if (stopping) return refuse("this recorder is shutting down", Code::not_accepting);

@@ -21,6 +21,7 @@
 #include <cstring>
 #include <ctime>
 #include <deque>
+#include <future>
 #include <map>
 #include <mutex>
 #include <set>
@@ -350,7 +351,7 @@ struct Store::Impl {
   }
 
   void fail(Ptr r, ErrorLine error) {  // by value: the caller's may be the one in `uploads`
-    spdlog::warn("event=upload_failed recording={} code={} length={} reason={}", r->id.text(), wire::name(error.code), r->length, postern::quoted(error.error));
+    spdlog::warn("event=upload_failed recording={} code={} length={} reason={}", r->id.text(), wire::name(error.code), r->length, postern::safe_quoted(error.error));
     outbox.push_back([sink = r->sink, error = std::move(error)] { sink->failed(error); });
     let_go(r);
     publish(*r);
@@ -507,7 +508,7 @@ struct Store::Impl {
       if (r->proven && r->proven->first < answer.have) answer.proven = wire::Proven{r->proven->first, cast::hex(r->proven->second.head())};
       r->answered = true;
       r->acked = answer.have;
-      spdlog::info("event=recording_opened recording={} source={} relay={} epoch={} have={} state={}", r->id.text(), r->info.source, postern::quoted(r->info.relay),
+      spdlog::info("event=recording_opened recording={} source={} relay={} epoch={} have={} state={}", r->id.text(), r->info.source, postern::safe_quoted(r->info.relay),
                    r->info.epoch, answer.have, answer.state);
       outbox.push_back([sink = r->sink, answer] { sink->opened(answer); });
     });
@@ -739,7 +740,7 @@ struct Store::Impl {
     r->replies.push_back([this, r, upload](const ErrorLine* error) {
       if (error || r->upload != upload) return;
       const auto head = r->durable ? cast::hex(r->durable->head()) : r->info.head;
-      spdlog::info("event=recording_cut recording={} length={} reason={}", r->id.text(), r->committed, postern::quoted(r->info.reason));
+      spdlog::info("event=recording_cut recording={} length={} reason={}", r->id.text(), r->committed, postern::safe_quoted(r->info.reason));
       outbox.push_back([sink = r->sink, head, length = r->committed] { sink->cut(head, length); });
       let_go(r);
     });
@@ -785,7 +786,7 @@ struct Store::Impl {
     urgent = true;
     r->replies.push_back([this, r, now, done](const ErrorLine* error) {
       if (error) return outbox.push_back([done, e = *error] { done(Result{Unexpected<ErrorLine>{e}}); });
-      spdlog::info("event=recording_moved recording={} to={} length={}", r->id.text(), postern::quoted(r->info.moved_to), r->committed);
+      spdlog::info("event=recording_moved recording={} to={} length={}", r->id.text(), postern::safe_quoted(r->info.moved_to), r->committed);
       outbox.push_back([done, result = now(*r)] { done(Result{result}); });
     });
     if (!r->meta || !write_meta(*r)) write_failed(r, "meta", errno);
@@ -802,7 +803,16 @@ struct Store::Impl {
     for (const auto& r : work)
       if (r->cast_dirty) ::sync_file_range(r->cast.get(), 0, 0, SYNC_FILE_RANGE_WRITE);
     std::vector<Ptr> wait_for_folder;
-    std::set<fs::path> folders = std::exchange(new_folders, {});
+    // Folders with new names are synced beside the files: a login waits for both, and a journaling file system makes one commit of them.
+    std::set<fs::path> early = std::exchange(new_folders, {}), folders;
+    for (const auto& r : work)
+      if (r->folder_dirty && !r->to_rename) early.insert(r->folder);
+    std::vector<std::future<int>> early_results;
+    for (const auto& folder : early) {
+      auto task = std::make_shared<std::packaged_task<int()>>([folder] { return sync_folder(folder); });
+      early_results.push_back(task->get_future());
+      boost::asio::post(syncers, [task] { (*task)(); });
+    }
     sync_all(work, [&](const Ptr& r, const Synced& result) {
       health();
       const bool synced = take_synced(r, result);
@@ -818,13 +828,17 @@ struct Store::Impl {
       }
       last_commit = Clock::now();
       if (std::exchange(r->folder_dirty, false)) {
-        folders.insert(r->folder);
+        if (r->whole()) folders.insert(r->folder);  // its new name; a part's was there before
         wait_for_folder.push_back(r);
       } else {
         committed(r);
       }
     });
     int error = 0;
+    for (auto& result : early_results) {
+      health();
+      if (const int e = result.get(); e != 0) error = e;
+    }
     for (const auto& folder : folders) {
       health();
       if (const int e = sync_folder(folder); e != 0) error = e;
@@ -982,7 +996,14 @@ struct Store::Impl {
         if (text("kept") == kept_names[i]) r->kept = static_cast<Kept>(i);
       r->failed = !r->info.error.empty();
     } else {
-      // Its first open was never answered, or somebody removed the file: nobody may append to it.
+      // A crash between making it and the first line of its meta: nobody was told that it is here, and nothing is in it. Left there it
+      // would refuse that recording for good.
+      if (!whole && size == 0) {
+        ::unlink(path.c_str());
+        ::unlink(r->meta_path().c_str());
+        return;
+      }
+      // Somebody removed the file: nobody may append to it.
       r->info.error = "no meta file";
       r->failed = true;
     }
@@ -996,7 +1017,7 @@ struct Store::Impl {
         r->failed = true;
       }
       if (!r->failed) r->info.state = CopyState::whole;
-    } else if (r->kept == Kept::ended) {
+    } else if (r->kept == Kept::ended && !r->failed) {  // after a failed fdatasync the page cache says more than the disk
       // Between the meta's end and the rename; both are redone if the bytes are those.
       auto result = hash_file(path, id);
       if (result.error == 0 && size == length && cast::hex(result.chain->head()) == head && ::rename(path.c_str(), r->whole_path().c_str()) == 0 &&

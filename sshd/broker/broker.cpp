@@ -105,15 +105,15 @@ Expected<Done> Broker::load_policy(bool first) {
   if (!loaded) {
     std::string all;
     for (const auto& p : loaded.error()) {
-      spdlog::error("event=policy_problem problem={}", log_quoted(p.text(), 1000));
+      spdlog::error("event=policy_problem problem={}", safe_quoted(p.text(), 1000));
       all += (all.empty() ? "" : "\n") + p.text();
     }
     return Unexpected{Error{EINVAL, all}};
   }
   policy_ = std::move(*loaded);
   policy_version_++;
-  for (const auto& w : policy_->warnings()) spdlog::warn("event=policy_warning problem={}", log_quoted(w.text(), 1000));
-  spdlog::info("event=policy_loaded file={} version={} first={}", log_quoted(config_.policy.file), policy_version_, first);
+  for (const auto& w : policy_->warnings()) spdlog::warn("event=policy_warning problem={}", safe_quoted(w.text(), 1000));
+  spdlog::info("event=policy_loaded file={} version={} first={}", safe_quoted(config_.policy.file), policy_version_, first);
   return Done{};
 }
 
@@ -184,15 +184,15 @@ void Broker::start(std::function<void(Expected<Done>)> ready) {
   reap();
   net_zygote_->start([this, ready](Expected<std::string> missing) {
     if (!missing) return ready(Unexpected{missing.error()});
-    if (!missing->empty()) spdlog::warn("event=sandbox_incomplete missing={}", log_quoted(*missing));
+    if (!missing->empty()) spdlog::warn("event=sandbox_incomplete missing={}", safe_quoted(*missing));
     session_zygote_->start([this, ready](Expected<std::string> warnings) {
       if (!warnings) return ready(Unexpected{warnings.error()});
-      if (!warnings->empty()) spdlog::warn("event=session_warning text={}", log_quoted(*warnings, 512));
+      if (!warnings->empty()) spdlog::warn("event=session_warning text={}", safe_quoted(*warnings, 512));
       fill_pool();
       if (auto opened = open_control(); !opened) return ready(std::move(opened));
       // The zygotes stand before the first listener is open.
       if (auto opened = open_listeners(); !opened) return ready(std::move(opened));
-      for (std::size_t i = 0; i < keys_->count(); i++) spdlog::info("event=host_key fingerprint={} line={}", keys_->fingerprint(i), log_quoted(keys_->public_line(i), 2000));
+      for (std::size_t i = 0; i < keys_->count(); i++) spdlog::info("event=host_key fingerprint={} line={}", keys_->fingerprint(i), safe_quoted(keys_->public_line(i), 2000));
       ready(Done{});
     });
   });
@@ -249,7 +249,7 @@ void Broker::accept_clients(Listener& listener) {
       }
       if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
         // Nobody can be let in now; do not spin.
-        spdlog::error("event=accept_failed why={}", log_quoted(std::strerror(errno)));
+        spdlog::error("event=accept_failed why={}", safe_quoted(std::strerror(errno)));
         listener.pause.expires_after(100ms);
         listener.pause.async_wait([this, &listener](error_code e) { if (!e) accept_clients(listener); });
         return;
@@ -310,7 +310,7 @@ void Broker::fill_pool() {
     *token = net_zygote_->fork(std::move(pair->second), [this, end, token](Expected<Child> child) {
       pool_asked_--;
       if (!child) {
-        spdlog::error("event=fork_failed why={}", log_quoted(child.error().doing));
+        spdlog::error("event=fork_failed why={}", safe_quoted(child.error().doing));
         while (!want_worker_.empty()) {
           if (const auto c = want_worker_.front().lock()) c->abandon();
           want_worker_.pop_front();
@@ -370,8 +370,8 @@ void Broker::reload() {
   spdlog::info("event=reload");
   generation_++;
   if (auto nodes = provider_->reload(); !nodes)
-    for (const auto& p : nodes.error()) spdlog::error("event=identity_problem kept=old problem={}", log_quoted(p.text(), 1000));
-  if (auto loaded = load_policy(false); !loaded) spdlog::error("event=policy_kept file={} why={}", log_quoted(config_.policy.file), log_quoted(loaded.error().doing, 2000));
+    for (const auto& p : nodes.error()) spdlog::error("event=identity_problem kept=old problem={}", safe_quoted(p.text(), 1000));
+  if (auto loaded = load_policy(false); !loaded) spdlog::error("event=policy_kept file={} why={}", safe_quoted(config_.policy.file), safe_quoted(loaded.error().doing, 2000));
   re_evaluate();
 }
 
@@ -450,7 +450,7 @@ void Broker::accept_registrations() {
         continue;
       }
       if (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED) break;
-      spdlog::error("event=accept_failed why={}", log_quoted(std::strerror(errno)));
+      spdlog::error("event=accept_failed why={}", safe_quoted(std::strerror(errno)));
       registrations_pause_.expires_after(100ms);
       registrations_pause_.async_wait([this](error_code e) { if (!e && !stopping_) accept_registrations(); });
       return;
@@ -476,7 +476,7 @@ void Broker::registration(UniqueFd fd) {
         const auto body = message.body<session::Register>();
         if (static_cast<session::Type>(message.type) != session::Type::register_session || !body || message.fds.size() != 3) return refuse("malformed");
         const auto facts = read_facts(message.fds[0].get());
-        if (!facts) return refuse(log_quoted(facts.error().doing));
+        if (!facts) return refuse(safe_quoted(facts.error().doing));
         // Who speaks is who it says, by the kernel's word (SO_PEERCRED, the pidfd): it answers with its life for the connection.
         if (pid_of(message.fds[1].get()) != pid || body->session_pid != pid) return refuse("pidfd");
         if (!pid_of(message.fds[2].get())) return refuse("net_pidfd");
@@ -523,7 +523,7 @@ void Broker::accept_control() {
   control_->async_accept([this](error_code ec, boost::asio::local::stream_protocol::socket socket) {
     if (ec == boost::asio::error::operation_aborted || stopping_) return;
     if (ec) {  // no descriptors left, most likely: the socket must serve again when there are
-      spdlog::error("event=accept_failed why={}", log_quoted(ec.message()));
+      spdlog::error("event=accept_failed why={}", safe_quoted(ec.message()));
       control_pause_.expires_after(100ms);
       control_pause_.async_wait([this](error_code e) { if (!e && !stopping_) accept_control(); });
       return;

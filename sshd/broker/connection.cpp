@@ -128,7 +128,7 @@ void Connection::identified(Expected<std::optional<Node>> answer) {
   if (phase_ != Phase::identifying || done_) return;
   if (!answer) {
     spdlog::warn("event=login verdict=deny connection={} peer={} why=identity_unavailable detail={}", id_, peer_.address.text(),
-                 log_quoted(answer.error().doing));
+                 safe_quoted(answer.error().doing));
     return refuse_unidentified("this server cannot learn who you are right now; try again later");
   }
   if (!*answer) {
@@ -226,7 +226,7 @@ void Connection::on_net(Message message) {
     const auto note = message.body<net::Note>();
     if (!note || !note->text.valid()) return break_off("net sent a malformed message");
     if (++notes_ > most_notes) return break_off("net sent too many notes");
-    spdlog::info("event=net_note connection={} text={}", id_, log_quoted(note->text.get()));
+    spdlog::info("event=net_note connection={} text={}", id_, safe_quoted(note->text.get()));
     return;
   }
   if (type == net::Type::ask_sign && phase_ == Phase::handshake) {
@@ -338,8 +338,8 @@ void Connection::session_ended() {
 }
 
 void Connection::start_registered() {
-  spdlog::info("event=session_registered connection={} peer={} node={} local_user={}", id_, peer_.text(), log_quoted(facts_.node_name.get()),
-               log_quoted(facts_.local_user.get()));
+  spdlog::info("event=session_registered connection={} peer={} node={} local_user={}", id_, peer_.text(), safe_quoted(facts_.node_name.get()),
+               safe_quoted(facts_.local_user.get()));
   session_pid_ = pid_of(session_watch_->native_handle()).value_or(-1);
   net_pid_ = pid_of(net_pidfd_.get()).value_or(-1);
   if (session_pid_ > 0) cgroup_ = cgroup_of(session_pid_);
@@ -474,8 +474,8 @@ void Connection::accept() {
   uncount();
   const auto took = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - accepted_at_).count();
   spdlog::info("event=login verdict=accept connection={} peer={} node={} user={} tags={} ssh_user={} local_user={} rule={} record={} enforce={} client={} us={}", id_,
-               peer_.text(), log_quoted(source_.name), log_quoted(source_.login), log_quoted(join(source_.tags)), log_quoted(ssh_user_), log_quoted(verdict_.local_user),
-               log_quoted(verdict_.rule.text()), verdict_.record, verdict_.enforce_recorder, log_quoted(client_version_), took);
+               peer_.text(), safe_quoted(source_.name), safe_quoted(source_.login), safe_quoted(join(source_.tags)), safe_quoted(ssh_user_), safe_quoted(verdict_.local_user),
+               safe_quoted(verdict_.rule.text()), verdict_.record, verdict_.enforce_recorder, safe_quoted(client_version_), took);
   net::Verdict verdict;
   verdict.accepted = 1;
   std::vector<UniqueFd> fds;
@@ -486,8 +486,8 @@ void Connection::accept() {
 }
 
 void Connection::deny(const std::string& text, const std::string& why) {
-  spdlog::info("event=login verdict=deny connection={} peer={} node={} user={} tags={} ssh_user={} why={} client={}", id_, peer_.text(), log_quoted(source_.name),
-               log_quoted(source_.login), log_quoted(join(source_.tags)), log_quoted(ssh_user_), log_quoted(why), log_quoted(client_version_));
+  spdlog::info("event=login verdict=deny connection={} peer={} node={} user={} tags={} ssh_user={} why={} client={}", id_, peer_.text(), safe_quoted(source_.name),
+               safe_quoted(source_.login), safe_quoted(join(source_.tags)), safe_quoted(ssh_user_), safe_quoted(why), safe_quoted(client_version_));
   if (session_ && session_ready_) {
     // It has opened PAM's session by now: it ends as a revoked one does.
     session::Revoke body;
@@ -509,7 +509,7 @@ void Connection::deny(const std::string& text, const std::string& why) {
 
 void Connection::break_off(const std::string& why) {
   if (done_) return;
-  if (phase_ != Phase::ending) spdlog::info("event=connection_ended connection={} peer={} phase={} why={}", id_, peer_.text(), static_cast<int>(phase_), log_quoted(why));
+  if (phase_ != Phase::ending) spdlog::info("event=connection_ended connection={} peer={} phase={} why={}", id_, peer_.text(), static_cast<int>(phase_), safe_quoted(why));
   if (granted_) return revoke("The connection was ended by the server.", why);
   kill_net();
   over();
@@ -523,8 +523,8 @@ void Connection::kill_net() {
 void Connection::revoke(const std::string& text, const std::string& why) {
   if (done_ || phase_ == Phase::ending) return;
   if (!granted_) return break_off(why);
-  spdlog::info("event=revoked connection={} peer={} node={} local_user={} why={}", id_, peer_.text(), log_quoted(facts_.node_name.get()),
-               log_quoted(facts_.local_user.get()), log_quoted(why));
+  spdlog::info("event=revoked connection={} peer={} node={} local_user={} why={}", id_, peer_.text(), safe_quoted(facts_.node_name.get()),
+               safe_quoted(facts_.local_user.get()), safe_quoted(why));
   phase_ = Phase::ending;
   session::Revoke body;
   (void)body.text.set(text);
@@ -599,7 +599,7 @@ void Connection::over() {
   if (session_) session_->close();
   if (granted_) {
     const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now() - accepted_at_).count();
-    spdlog::info("event=connection_closed connection={} peer={} local_user={} seconds={}", id_, peer_.text(), log_quoted(facts_.local_user.get()), seconds);
+    spdlog::info("event=connection_closed connection={} peer={} local_user={} seconds={}", id_, peer_.text(), safe_quoted(facts_.local_user.get()), seconds);
   }
   broker_.remove(this);
 }

@@ -146,7 +146,7 @@ void Zygote::restart_later(bool was_ready, const std::string& why) {
     const auto ready = std::exchange(ready_, nullptr);
     return ready(Unexpected{Error{EPIPE, program_.name + " zygote: " + why}});
   }
-  spdlog::error("event=zygote_lost program={} why={}", program_.name, log_quoted(why));
+  spdlog::error("event=zygote_lost program={} why={}", program_.name, safe_quoted(why));
   timer_.expires_after(was_ready ? std::chrono::milliseconds{10} : std::chrono::milliseconds{500});
   timer_.async_wait([this](boost::system::error_code ec) {
     if (!ec && !now_) launch();

@@ -100,27 +100,27 @@ bool Zygote::start() {
   // The self-test before the sandbox: libssh and OpenSSL read what they read once now.
   auto tested = self_test();
   if (!tested) {
-    spdlog::error("event=net_start_failed reason={}", quoted(tested.error().doing));
+    spdlog::error("event=net_start_failed reason={}", safe_quoted(tested.error().doing));
     return false;
   }
   std::vector<std::string> blobs;
   for (std::uint32_t i = 0; i < hello->key_count; i++) blobs.emplace_back(hello->keys[i].blob.get());
   auto server = ext::Server::make(blobs, std::string{hello->version_string.get()});
   if (!server) {
-    spdlog::error("event=net_start_failed reason={}", quoted(server.error().doing));
+    spdlog::error("event=net_start_failed reason={}", safe_quoted(server.error().doing));
     return false;
   }
   server_ = std::move(*server);
   auto filter = SystemCallFilter::compile();
   if (!filter) {
-    spdlog::error("event=net_start_failed reason={}", quoted(filter.error().doing));
+    spdlog::error("event=net_start_failed reason={}", safe_quoted(filter.error().doing));
     return false;
   }
   filter_.emplace(std::move(*filter));
 
   auto missing = enter_zygote_sandbox({hello->as_root != 0, hello->uid, hello->gid, std::string{hello->empty_root.get()}});
   if (!missing) {
-    spdlog::error("event=net_start_failed reason={}", quoted(missing.error().doing));
+    spdlog::error("event=net_start_failed reason={}", safe_quoted(missing.error().doing));
     return false;
   }
 
@@ -133,7 +133,7 @@ bool Zygote::start() {
 
   ZygoteReady ready;
   static_cast<void>(ready.missing.set(std::string_view{*missing}.substr(0, sizeof ready.missing.text)));
-  spdlog::debug("event=net_zygote_ready libssh={} missing={}", ext::library_version(), quoted(*missing));
+  spdlog::debug("event=net_zygote_ready libssh={} missing={}", ext::library_version(), safe_quoted(*missing));
   return child_signals_ && send_waiting(control_.get(), Type::zygote_ready, ready);
 }
 
@@ -216,7 +216,7 @@ void Zygote::become_worker(UniqueFd socket) {
   }
   auto sandboxed = enter_worker_sandbox(*filter_);
   if (!sandboxed) {
-    spdlog::error("event=net_worker_failed reason={}", quoted(sandboxed.error().doing));
+    spdlog::error("event=net_worker_failed reason={}", safe_quoted(sandboxed.error().doing));
     ::_exit(1);
   }
   auto message = wait_for_message(socket.get());

@@ -35,8 +35,8 @@ TEST_CASE("one id has one text: everything else is refused", "[base][id]") {
 }
 
 TEST_CASE("a stranger's text is one harmless field of a log line", "[base][log]") {
-  CHECK(quoted("plain text") == "\"plain text\"");
-  CHECK(quoted("a\"b\\c\n\x1b[0m\x7f\xff") == "\"a\\\"b\\\\c\\x0a\\x1b[0m\\x7f\\xff\"");
-  CHECK(quoted("abcdef", 3) == "\"abc\"...");
-  CHECK(quoted("") == "\"\"");
+  CHECK(safe_quoted("plain text") == "\"plain text\"");
+  CHECK(safe_quoted("a\"b\\c\n\x1b[0m\x7f\xff") == "\"a\\\"b\\\\c\\x0a\\x1b[0m\\x7f\\xff\"");
+  CHECK(safe_quoted("abcdef", 3) == "\"abc\"...");
+  CHECK(safe_quoted("") == "\"\"");
 }

@@ -1,6 +1,4 @@
-if(TARGET postern::sshd_broker)
 postern_unit_test(sshd_broker
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/sshd_broker_config_test.cpp ${CMAKE_CURRENT_LIST_DIR}/sshd_broker_keys_test.cpp
           ${CMAKE_CURRENT_LIST_DIR}/sshd_broker_zygote_test.cpp
   DEPS postern::sshd_broker)
-endif()
