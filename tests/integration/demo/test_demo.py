@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from harness import BIN, IS_ROOT, ROOT, SLACK, Recording, Terminal, processes, wait_until
+from harness import BUILT, IS_ROOT, ROOT, SLACK, Recording, Terminal, processes, wait_until
 
 DEMO = ROOT / "build/demo"
 NAMES = ["postern-net", "postern-relay", "postern-recorder", "postern-demo"]
@@ -31,7 +31,7 @@ def env() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def running():
-    if BIN != ROOT / "build/dev/bin":
+    if BUILT != ROOT / "build/dev/bin":
         pytest.skip("the demo runs the dev build")
     if demo("status").returncode == 0 or (DEMO / "env").exists():
         pytest.skip("a demo is running: its addresses are taken")
