@@ -455,7 +455,7 @@ Relay::Node& Relay::node(const std::string& name) {
   n.last_wanted = Clock::now();
   const auto endpoint = Endpoint::parse(name, 80);
   if (!endpoint) {
-    spdlog::error("event=recorder_unusable recorder={} reason=\"not a numeric address and port\"", postern::quoted(name));
+    spdlog::error("event=recorder_unusable recorder={} reason=\"not a numeric address and port\"", postern::safe_quoted(name));
     return n;  // attempts at it fail at once
   }
   n.client = std::make_unique<RecorderClient>(io_, settings_, *endpoint,
@@ -701,7 +701,7 @@ void Relay::on_stored(const RecordingPtr& r, Node& n, bool cut) {
 
 void Relay::on_refused(const RecordingPtr& r, Node& n, const Upload::Refused& why) {
   const auto id = r->entry->meta().recording.text();
-  spdlog::warn("event=upload_refused recording={} recorder={} status={} code={} reason={}", id, n.name, why.status, postern::quoted(why.code, 32), postern::quoted(why.message));
+  spdlog::warn("event=upload_refused recording={} recorder={} status={} code={} reason={}", id, n.name, why.status, postern::safe_quoted(why.code, 32), postern::safe_quoted(why.message));
   if (why.code == "disk_full") {
     // Not of this recording alone: all of them move.
     if (n.client) n.client->disk_full(why.message);
@@ -715,7 +715,7 @@ void Relay::on_refused(const RecordingPtr& r, Node& n, const Upload::Refused& wh
     return;
   }
   const bool for_good = why.code == "conflict" || why.code == "io_error" || why.code == "not_yours" || why.code == "too_large" || (why.code == "bad_request" && why.status == 400);
-  if (for_good) spdlog::error("event=recording_unwelcome recording={} recorder={} code={}", id, n.name, postern::quoted(why.code, 32));
+  if (for_good) spdlog::error("event=recording_unwelcome recording={} recorder={} code={}", id, n.name, postern::safe_quoted(why.code, 32));
   drop_upload(*r, why.code != "conflict" && why.code != "not_yours");
   failover_.refused(r->key, n.index, for_good ? Failover::Refusal::for_good : Failover::Refusal::for_now);
   run_failover();
