@@ -410,7 +410,7 @@ void Journal::run() {
           }
           if (failed_now && e.on_failed) e.on_failed(w.failure);
           if (e.dropped_) {
-            const std::lock_guard guard{mutex_};
+            const std::lock_guard guard{e.journal_->mutex_};
             if (!e.queued_) e.cast_.reset();
           }
         }

@@ -127,6 +127,33 @@ TEST_CASE("bytes become durable in one turn for many recordings, and the callbac
   CHECK(*n == 900);
 }
 
+TEST_CASE("bytes that are dropped while their last turn runs are given back once, and their file is closed", "[journal]") {
+  TempDir dir;
+  Owner owner;
+  Journal journal{{dir.path}, owner.post()};
+  REQUIRE(journal.load());
+  auto entry = journal.create(some_meta());
+  REQUIRE(entry);
+  REQUIRE((*entry)->append(std::string(1000, 'x')));
+  bool synced = false;
+  (*entry)->sync([&](Expected<Done>) { synced = true; });  // and so it is queued
+  (*entry)->drop_bytes();
+  (*entry)->drop_bytes();
+  CHECK(journal.total() == 0);  // below zero it would be a full quota for all
+  REQUIRE(owner.until([&] { return synced; }));
+  // The callback runs before the turn is put away; one more turn comes after it.
+  bool again = false;
+  REQUIRE((*entry)->update([](Meta& m) { m.epoch++; }));
+  (*entry)->sync([&](Expected<Done>) { again = true; });
+  REQUIRE(owner.until([&] { return again; }));
+  CHECK_FALSE((*entry)->descriptor());  // an open file keeps its blocks
+  (*entry)->remove();
+  CHECK(journal.total() == 0);
+  auto next = journal.create(some_meta());
+  REQUIRE(next);
+  CHECK((*next)->append("header\n"));
+}
+
 TEST_CASE("a full quota fails the recording that hits it and says so", "[journal]") {
   TempDir dir;
   Owner owner;

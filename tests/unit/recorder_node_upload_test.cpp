@@ -657,6 +657,29 @@ TEST_CASE("an end that cannot be synced is not called whole", "[recorder_node]")
   REQUIRE(u->error);
   CHECK(u->error->code == Code::io_error);
   CHECK(r.file(id, ".cast").empty());
+  // The page cache still has the bytes, so they would hash to the right head after a restart.
+  r.restart();
+  CHECK(r.file(id, ".cast").empty());
+  Relay again{r, r.endpoint()};
+  CHECK(again.copy(id)["state"] != "whole");
+}
+
+TEST_CASE("a recording that was made in the moment of a crash, with nothing in it, can be opened again", "[recorder_node]") {
+  Recorder r;
+  const Id id = Id::random(), other = Id::random();
+  fs::path folder;
+  {
+    Relay relay{r, r.endpoint()};
+    auto u = relay.opened(other, 1);  // so that today's folder is there
+    folder = r.file(other, ".cast.part").parent_path();
+  }
+  REQUIRE_FALSE(folder.empty());
+  std::ofstream{folder / (id.text() + ".cast.part")}.flush();
+  std::ofstream{folder / (id.text() + ".meta")}.flush();
+  r.restart();
+  Relay relay{r, r.endpoint()};
+  auto u = relay.opened(id, 1);
+  CHECK_FALSE(u->error);
 }
 
 TEST_CASE("stopping commits what has arrived and tells the relays", "[recorder_node]") {
