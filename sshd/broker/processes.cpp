@@ -1,19 +1,9 @@
 #include "sshd/broker/processes.h"
 
-#include "base/unique_fd.h"
+#include "base/processes.h"
 
-#include <dirent.h>
-#include <fcntl.h>
 #include <signal.h>
-#include <unistd.h>
 
-#include <charconv>
-#include <cstdlib>
-#include <cstring>
-#include <fstream>
-#include <iterator>
-#include <map>
-#include <sstream>
 #include <string_view>
 #include <vector>
 
@@ -22,48 +12,6 @@ namespace {
 
 // Members may fork while they are killed: stopped first, then killed, again and again. The broker must not hang on a fork bomb.
 constexpr int most_rounds = 50;
-
-bool write_to(const std::string& path, std::string_view text) {
-  const UniqueFd fd{::open(path.c_str(), O_WRONLY | O_CLOEXEC)};
-  return fd && ::write(fd.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
-}
-
-std::vector<pid_t> members_of(const std::string& cgroup) {
-  std::ifstream in{cgroup + "/cgroup.procs"};
-  std::vector<pid_t> pids;
-  for (pid_t p; in >> p;) pids.push_back(p);
-  return pids;
-}
-
-std::vector<pid_t> descendants_of(pid_t root) {
-  std::map<pid_t, std::vector<pid_t>> children;
-  DIR* proc = ::opendir("/proc");
-  if (proc == nullptr) return {};
-  while (const dirent* e = ::readdir(proc)) {
-    pid_t pid = 0;
-    const std::string_view name{e->d_name};
-    if (std::from_chars(name.data(), name.data() + name.size(), pid).ptr != name.data() + name.size() || pid <= 0) continue;
-    std::ifstream stat{"/proc/" + std::string{name} + "/stat"};
-    const std::string text{std::istreambuf_iterator<char>{stat}, {}};
-    const auto close = text.rfind(')');  // the command may hold anything, blanks and brackets too
-    if (close == std::string::npos) continue;
-    std::istringstream rest{text.substr(close + 1)};
-    char state = 0;
-    pid_t parent = 0;
-    if (rest >> state >> parent && state != 'Z' && state != 'X') children[parent].push_back(pid);
-  }
-  ::closedir(proc);
-  std::vector<pid_t> found, todo{root};
-  while (!todo.empty()) {
-    const pid_t p = todo.back();
-    todo.pop_back();
-    for (const pid_t c : children[p]) {
-      found.push_back(c);
-      todo.push_back(c);
-    }
-  }
-  return found;
-}
 
 template <class Members>
 void kill_all(Members members) {
@@ -77,49 +25,10 @@ void kill_all(Members members) {
 
 void kill_cgroup(const std::string& cgroup) {
   if (write_to(cgroup + "/cgroup.kill", "1")) return;  // Linux 5.14
-  kill_all([&] { return members_of(cgroup); });
+  kill_all([&] { return members_of_cgroup(cgroup); });
 }
 
 }  // namespace
-
-std::optional<pid_t> pid_of(int fd) {
-  const UniqueFd info{::open(("/proc/self/fdinfo/" + std::to_string(fd)).c_str(), O_RDONLY | O_CLOEXEC)};
-  if (!info) return std::nullopt;
-  char text[512];
-  const ssize_t n = ::read(info.get(), text, sizeof text - 1);
-  if (n <= 0) return std::nullopt;
-  text[n] = '\0';
-  const char* line = std::strstr(text, "\nPid:");
-  if (line == nullptr) return std::nullopt;
-  return static_cast<pid_t>(std::strtol(line + 5, nullptr, 10));
-}
-
-std::string cgroup_of(pid_t pid) {
-  std::ifstream mounts{"/proc/self/mountinfo"};
-  std::string line, mount, root;
-  while (std::getline(mounts, line)) {
-    const auto dash = line.find(" - ");
-    if (dash == std::string::npos || !std::string_view{line}.substr(dash + 3).starts_with("cgroup2 ")) continue;
-    std::istringstream words{line};
-    std::string id, parent, device;
-    words >> id >> parent >> device >> root >> mount;
-    break;
-  }
-  if (mount.empty()) return {};
-  std::ifstream own{"/proc/" + std::to_string(pid) + "/cgroup"};
-  while (std::getline(own, line)) {
-    if (!line.starts_with("0::")) continue;
-    std::string path = line.substr(3);
-    if (root.size() > 1) {  // a part of the hierarchy is mounted
-      if (!path.starts_with(root)) return {};
-      path.erase(0, root.size());
-    }
-    if (path.find("/..") != std::string::npos) return {};  // outside of what our cgroup namespace shows
-    while (!path.empty() && path.back() == '/') path.pop_back();
-    return mount + path;
-  }
-  return {};
-}
 
 void kill_programs(const std::string& connection, const std::string& cgroup, pid_t session) {
   if (!cgroup.empty()) kill_cgroup(cgroup + "/postern/" + connection);

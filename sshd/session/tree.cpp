@@ -1,5 +1,7 @@
 #include "sshd/session/tree.h"
 
+#include "base/processes.h"
+
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -10,90 +12,8 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
-#include <fstream>
-#include <map>
-#include <sstream>
 
 namespace postern::sshd::session {
-namespace {
-
-/// Folder of a process's cgroup v2, or empty. The mount is found by mountinfo: hybrid hosts have it at
-/// /sys/fs/cgroup/unified (cgroups(7), proc(5)).
-std::string cgroup_of(pid_t pid) {
-  std::ifstream mounts{"/proc/self/mountinfo"};
-  std::string line, mount, root;
-  while (std::getline(mounts, line)) {
-    const auto dash = line.find(" - ");
-    if (dash == std::string::npos || !std::string_view{line}.substr(dash + 3).starts_with("cgroup2 ")) continue;
-    std::istringstream words{line};
-    std::string id, parent, device;
-    words >> id >> parent >> device >> root >> mount;
-    break;
-  }
-  if (mount.empty()) return {};
-  std::ifstream own{"/proc/" + std::to_string(pid) + "/cgroup"};
-  while (std::getline(own, line)) {
-    if (!line.starts_with("0::")) continue;
-    std::string path = line.substr(3);
-    if (root.size() > 1) {  // a part of the hierarchy is mounted
-      if (!path.starts_with(root)) return {};
-      path.erase(0, root.size());
-    }
-    if (path.find("/..") != std::string::npos) return {};  // outside of what our cgroup namespace shows
-    while (!path.empty() && path.back() == '/') path.pop_back();
-    return mount + path;
-  }
-  return {};
-}
-
-bool write_to(const std::string& path, std::string_view text) {
-  UniqueFd fd{::open(path.c_str(), O_WRONLY | O_CLOEXEC)};
-  return fd && ::write(fd.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
-}
-
-std::vector<pid_t> read_pids(const std::string& path) {
-  std::ifstream in{path};
-  std::vector<pid_t> pids;
-  for (pid_t p; in >> p;)
-    if (p > 0) pids.push_back(p);  // 0 stands for one of another pid namespace; kill(0) would be our own group
-  return pids;
-}
-
-/// All living descendants of this process, by /proc.
-std::vector<pid_t> descendants() {
-  std::map<pid_t, std::vector<pid_t>> children;
-  DIR* proc = ::opendir("/proc");
-  if (proc == nullptr) return {};
-  while (const dirent* e = ::readdir(proc)) {
-    pid_t pid = 0;
-    const std::string_view name{e->d_name};
-    if (std::from_chars(name.data(), name.data() + name.size(), pid).ptr != name.data() + name.size() || pid <= 0) continue;
-    std::ifstream stat{"/proc/" + std::string{name} + "/stat"};
-    std::string text{std::istreambuf_iterator<char>{stat}, {}};
-    const auto close = text.rfind(')');  // the command may hold anything, blanks and brackets too
-    if (close == std::string::npos) continue;
-    std::istringstream rest{text.substr(close + 1)};
-    char state = 0;
-    pid_t parent = 0;
-    if (!(rest >> state >> parent) || state == 'Z' || state == 'X') continue;
-    children[parent].push_back(pid);
-  }
-  ::closedir(proc);
-  std::vector<pid_t> found, todo{::getpid()};
-  while (!todo.empty()) {
-    const pid_t p = todo.back();
-    todo.pop_back();
-    for (const pid_t c : children[p]) {
-      found.push_back(c);
-      todo.push_back(c);
-    }
-  }
-  return found;
-}
-
-}  // namespace
-
 ProcessTree::ProcessTree(std::string id, bool as_root) {
   if (as_root) before_ = cgroup_of(::getpid());
   if (!before_.empty()) {
@@ -148,7 +68,7 @@ UniqueFd ProcessTree::entrance() {
 }
 
 std::vector<pid_t> ProcessTree::members() {
-  std::vector<pid_t> pids = leaf_.empty() ? descendants() : read_pids(leaf_ + "/cgroup.procs");
+  std::vector<pid_t> pids = leaf_.empty() ? descendants_of(::getpid()) : members_of_cgroup(leaf_);
   std::erase(pids, ::getpid());
   if (!scope_) std::erase(pids, spared_);
   return pids;
@@ -186,7 +106,7 @@ void ProcessTree::let_go() {
     // Programs that outlive their connection (screen, nohup) go on in one common place, so that leaves do not pile up.
     const std::string left = base_ + "/left-behind";
     ::mkdir(left.c_str(), 0755);
-    for (const pid_t p : read_pids(leaf_ + "/cgroup.procs")) write_to(left + "/cgroup.procs", std::to_string(p));
+    for (const pid_t p : members_of_cgroup(leaf_)) write_to(left + "/cgroup.procs", std::to_string(p));
     ::usleep(2'000);  // the killed ones are being torn down
   }
 }
