@@ -58,7 +58,7 @@ struct RecorderClient::Impl : std::enable_shared_from_this<Impl> {
   std::shared_ptr<wire::Http2Stream> health;
   wire::LineReader lines;
   bool any_line = false;
-  Clock::time_point last_line{}, last_tick{}, hold_until{}, penalty_until{};
+  Clock::time_point last_line{}, last_tick = Clock::now(), hold_until{}, penalty_until{};
   bool accepting = false;
   Told told = Told::nothing;
   std::chrono::milliseconds backoff{0};
@@ -314,10 +314,10 @@ void RecorderClient::hangs(const std::string& why) {
 
 void RecorderClient::tick(Clock::time_point now) {
   auto& i = *impl_;
-  const auto late = i.last_tick == Clock::time_point{} ? Clock::duration{0} : now - i.last_tick;
+  const auto late = now - i.last_tick;
   i.last_tick = now;
   if (!i.connection) return;
-  if (late > stood_still) i.last_line += late;
+  if (late > stood_still) i.last_line = std::min(now, i.last_line + late);
   if (now - i.last_line > i.settings.lost_timeout) i.lost("no health line for " + std::to_string(i.settings.lost_timeout.count()) + " ms");
 }
 

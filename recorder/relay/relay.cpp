@@ -30,6 +30,8 @@ using boost::system::error_code;
 namespace {
 
 constexpr auto tick_interval = std::chrono::milliseconds{100};
+/// More than this between two ticks: this process was stopped or starved. That time is not the recorders'.
+constexpr auto stood_still = std::chrono::seconds{1};
 constexpr unsigned most_stale = 8;  // raises above a recorder's epoch, in a row, before the recording is tried elsewhere
 
 std::int64_t unix_ms() {
@@ -124,6 +126,9 @@ Expected<Done> Relay::start() {
   for (auto& entry : *entries) {
     const auto r = add(std::move(entry));
     const auto& meta = r->entry->meta();
+    // Of a dead session first the cut, then a recorder (check_session): after a loss of power a recorder may have more of it than this
+    // host kept, and only of a recording that is cut that is no conflict.
+    if (meta.ending != Ending::none || !session_is_dead(meta)) seek_recorder(*r);
     spdlog::info("event=recording_resumed recording={} length={} ending={} stored={}", meta.recording.text(), r->entry->length(),
                  static_cast<int>(meta.ending), meta.stored);
     if (meta.stored) {
@@ -223,15 +228,20 @@ Relay::RecordingPtr Relay::add(std::shared_ptr<journal::Entry> entry) {
   r->entry->on_failed = [this, weak](const std::string& why) {
     if (const auto self = weak.lock(); self && !stopped_) journal_failed(*self, why);
   };
-  if (!meta.stored) {
-    std::vector<Failover::Recorder> list;
-    for (const auto& name : meta.recorders) {
-      const auto index = node(name).index;
-      if (std::find(list.begin(), list.end(), index) == list.end()) list.push_back(index);
-    }
-    failover_.add(r->key, std::move(list));
-  }
   return r;
+}
+
+/// Once: from here on failover has it in hand.
+void Relay::seek_recorder(Recording& r) {
+  const auto& meta = r.entry->meta();
+  if (r.sought || meta.stored) return;
+  r.sought = true;
+  std::vector<Failover::Recorder> list;
+  for (const auto& name : meta.recorders) {
+    const auto index = node(name).index;
+    if (std::find(list.begin(), list.end(), index) == list.end()) list.push_back(index);
+  }
+  failover_.add(r.key, std::move(list));
 }
 
 void Relay::on_open(const std::shared_ptr<SessionLink>& link, const local::Open& open) {
@@ -304,7 +314,10 @@ void Relay::on_open(const std::shared_ptr<SessionLink>& link, const local::Open&
     link->journal_failed(r->entry->failure());
   else if (meta.ending == Ending::cut)
     link->journal_failed("this recording was taken for that of a dead session");
+  seek_recorder(*r);
   run_failover();
+  // It may be waiting behind replays since the time when no session was there.
+  if (const auto* at = failover_.at(r->key)) run_queue(*by_index_[*at]);
 }
 
 void Relay::on_data(Recording& r, std::uint64_t offset, std::string_view bytes) {
@@ -392,11 +405,13 @@ void Relay::check_session(const RecordingPtr& r) {
   const bool failed = meta.gap || !r->entry->failure().empty();
   if (meta.ending != Ending::none || r->ending_asked || (!failed && !session_is_dead(meta))) return;
   if (r->entry->length() == 0) {
-    // Not even a header: nothing was shown, nothing is worth a file.
-    spdlog::info("event=recording_empty recording={}", meta.recording.text());
+    // Not even a header: nothing was shown, or nothing was recorded of it, which stays known for a while.
+    const bool known = meta.gap && unix_ms() - meta.created_ms < settings_.gap_keep.count();
+    if (!r->empty_told) spdlog::info("event=recording_empty recording={}", meta.recording.text());
+    r->empty_told = true;
     drop_upload(*r, false);
     failover_.remove(r->key);
-    if (!meta.gap) {
+    if (!known) {
       r->entry->remove();
       by_key_.erase(r->key);
       recordings_.erase(meta.recording);
@@ -420,6 +435,8 @@ void Relay::check_session(const RecordingPtr& r) {
     spdlog::warn("event=recording_cut recording={} length={} reason={}", r->entry->meta().recording.text(), length, r->entry->meta().reason);
     r->entry->sync([](Expected<Done>) {});
     poke(*r);
+    seek_recorder(*r);
+    run_failover();
   });
 }
 
@@ -587,7 +604,7 @@ void Relay::release_slot(Recording& r) {
 }
 
 void Relay::run_queue(Node& n) {
-  while (!n.queue.empty() && n.slots < settings_.replays) {
+  while (!n.queue.empty()) {
     // Those whose users wait for commits first, then those with a living session, then what is left of old ones.
     const auto rank = [&](const auto& waiting) {
       const auto r = find(waiting.first);
@@ -595,6 +612,9 @@ void Relay::run_queue(Node& n) {
       return r->link ? (r->entry->meta().enforce ? 1 : 2) : 3;
     };
     const auto best = std::min_element(n.queue.begin(), n.queue.end(), [&](const auto& x, const auto& y) { return rank(x) < rank(y); });
+    // The number of replays is limited for the sake of those who use the recorder now, so they themselves are not: under fail closed
+    // a session that waited here behind gigabytes of others would be refused or ended.
+    if (n.slots >= settings_.replays && rank(*best) > 1) break;
     const auto [key, attempt] = *best;
     n.queue.erase(best);
     const auto r = find(key);
@@ -606,10 +626,19 @@ void Relay::run_queue(Node& n) {
 }
 
 void Relay::raise_epoch(const RecordingPtr& r, std::uint64_t above, std::function<void(journal::Meta&)> change, std::function<void()> then) {
+  const bool first = r->entry->meta().epoch == 0 && above == 0;
   auto written = r->entry->update([&](journal::Meta& m) {
     m.epoch = std::max(m.epoch, above) + 1;
     if (change) change(m);
   });
+  // The first open of all need not wait for the disk, and a login waits for it: an epoch that a loss of power took from the meta was
+  // used by nobody who is still alive, and a recorder that had stored it says so when it is used again (stale_epoch).
+  if (written && first) {
+    r->entry->sync([](Expected<Done>) {});
+    return asio::post(io_, [this, then = std::move(then)] {
+      if (!stopped_) then();
+    });
+  }
   // A full disk must not keep a recording from a recorder that has room. Should this epoch be used once more after a power loss,
   // the recorder refuses it and says which it has.
   if (!written) return asio::post(io_, std::move(then));
@@ -759,6 +788,8 @@ void Relay::tick() {
   ticker_.async_wait([this](error_code ec) {
     if (ec || stopped_) return;
     const auto now = Clock::now();
+    if (now - last_tick_ > stood_still) awake_since_ = now;
+    last_tick_ = now;
     // Who is needed?
     std::map<std::string, RecorderClient::Wanted> wanted;
     for (const auto& [id, r] : recordings_) {
@@ -784,7 +815,7 @@ void Relay::tick() {
       if (!at || !r->upload) continue;
       const auto since = r->upload->waiting_since();
       auto& count = waiting[by_index_[*at]];
-      (since && now - *since > settings_.commit_timeout ? count.first : count.second)++;
+      (since && now - std::max(*since, awake_since_) > settings_.commit_timeout ? count.first : count.second)++;
     }
     for (auto& [n, count] : waiting) {
       if (count.first == 0) continue;
@@ -795,7 +826,7 @@ void Relay::tick() {
       for (auto& [key, r] : std::map{by_key_}) {
         const auto* at = failover_.at(key);
         if (!at || by_index_[*at] != n || !r->upload) continue;
-        if (const auto since = r->upload->waiting_since(); since && now - *since > settings_.commit_timeout) {
+        if (const auto since = r->upload->waiting_since(); since && now - std::max(*since, awake_since_) > settings_.commit_timeout) {
           r->upload->cancel();
           on_refused(r, *n, {"", 0, 0, "nothing of it was committed in time"});
         }

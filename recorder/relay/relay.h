@@ -52,6 +52,8 @@ class Relay {
     bool end_durable = false;
     bool ending_asked = false;  // the head for a cut is being computed
     bool ended_link = false;    // the session knows that it is over
+    bool sought = false;        // failover knows it
+    bool empty_told = false;
     bool storing = false;       // a recorder has it, that fact is being made durable
     unsigned stale = 0;         // opens in a row that were refused for their epoch
     std::set<std::string> telling;  // recorders that are being sent a moved notice
@@ -79,6 +81,7 @@ class Relay {
   void tell_ended(Recording& r);
   void journal_failed(Recording& r, const std::string& why);
   RecordingPtr add(std::shared_ptr<journal::Entry> entry);
+  void seek_recorder(Recording& r);
   void poke(Recording& r);
   void look_for_dead_sessions();
   void check_session(const RecordingPtr& r);
@@ -121,6 +124,7 @@ class Relay {
   bool attempts_running_ = false;
   std::vector<journal::Meta> lost_at_start_;  // gaps of recordings that never had a file
   Clock::time_point last_liveness_{}, last_moved_{};
+  Clock::time_point last_tick_ = Clock::now(), awake_since_{};
   bool stopped_ = false;
 };
 

@@ -418,3 +418,75 @@ def test_a_wrong_setting_is_named_with_its_place(scene):
     done = subprocess.run([str(harness.BIN / "postern-relay"), "--config", str(scene.relay.config), "--check-config"], stderr=subprocess.PIPE)
     assert done.returncode == 1 and b"relay.toml:2:16: recorders.lost_timeout: must be a duration" in done.stderr
     assert subprocess.run([str(harness.BIN / "postern-relay"), "--nonsense"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 2
+
+
+def settings_of(daemon, table, line):
+    text = daemon.config.read_text()
+    assert f"[{table}]\n" in text
+    daemon.config.write_text(text.replace(f"[{table}]\n", f"[{table}]\n{line}\n"))
+
+
+def test_host_that_lost_the_end_of_its_journal_with_its_power_is_no_conflict(scene):
+    """The recorder committed bytes that this host's disk never got; the session is dead. The longer copy stays, as cut."""
+    scene.start("ar")
+    feed = Feed(scene)
+    feed.feed(b"shown\n")
+    feed.wait_number("committed", 100)
+    scene.relay.kill()
+    feed.process.kill()
+    feed.process.wait()
+    journal = scene.journal / f"{feed.id}.cast"
+    os.truncate(journal, journal.stat().st_size - 10)
+    scene.start("r")
+    entry = wait_until(lambda: (lambda e: e if "journal" not in e else None)(scene.listing(recorders="a")[feed.id]), "the journal drops it")
+    assert entry["state"] == "cut", entry
+    assert [Recording.load(p).stream() for p in scene.files("a", feed.id)] == [b"shown\n"]
+    assert "code=conflict" not in scene.recorders["a"].log()
+
+
+def test_session_that_must_be_recorded_does_not_wait_behind_replays(scene):
+    """Its user waits: by the time that a gigabyte of others has been replayed it would have been refused."""
+    settings_of(scene.relay, "recorders", "replays = 1")
+    settings_of(scene.recorders["a"], "store", 'commit_interval = "6s"')  # so the one replay lasts
+    scene.start("r")
+    replay = Feed(scene, recorders=scene.names["a"])
+    replay.feed(text(600))
+    replay.wait_number("journaled", 600 * 1024 // 2)
+    scene.start("a")
+    replay.wait("state recording")
+    since = time.monotonic()
+    urgent = Feed(scene, "--enforce", recorders=scene.names["a"])
+    urgent.wait("state recording")
+    assert time.monotonic() - since < 3
+    urgent.finish()
+    replay.finish()
+
+
+def test_relay_that_stood_still_does_not_blame_the_recorder(scene):
+    settings_of(scene.relay, "recorders", 'commit_timeout = "1s"')
+    scene.start("ar")
+    feed = Feed(scene)
+    feed.wait("state recording")
+    scene.recorders["a"].pause()
+    feed.feed(b"waits for a commit\n")
+    feed.wait_number("written", 100)
+    scene.relay.pause()
+    time.sleep(2)
+    scene.relay.resume()
+    scene.recorders["a"].resume()
+    feed.finish()
+    scene.whole(feed, "a")
+    assert "event=recorder_lost" not in scene.relay.log()
+
+
+def test_recording_of_which_no_journal_took_anything_is_told_once_and_forgotten_in_time(scene):
+    settings_of(scene.relay, "journal", 'recording_quota = "1KiB"\ngap_keep = "2s"')
+    scene.start("r")
+    feed = Feed(scene, "--command", "x" * 2000)
+    feed.wait("journal_failed")
+    assert scene.listing(recorders="")[feed.id]["state"] == "gap"
+    feed.process.kill()
+    feed.process.wait()
+    wait_until(lambda: feed.id not in scene.listing(recorders=""), "it is forgotten")
+    assert not list(scene.journal.glob(f"{feed.id}*"))
+    assert scene.relay.log().count("event=recording_empty") == 1
