@@ -2,6 +2,7 @@
 
 #include "base/unique_fd.h"
 
+#include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include <sys/socket.h>
@@ -13,6 +14,23 @@
 #include <cstring>
 
 namespace postern {
+
+std::variant<DaemonOptions, int> read_daemon_options(int argc, char** argv, const std::string& about, const std::string& default_config,
+                                                     const std::string& settings_page, const std::string& version) {
+  DaemonOptions options;
+  options.config = default_config;
+  CLI::App app{about};
+  app.add_option("--config", options.config, "settings (" + settings_page + ")")->capture_default_str();
+  app.add_flag("--check-config", options.check, "read the settings, name what is wrong (file:line:column), and exit 0 or 1");
+  app.add_option("--ready-fd", options.ready_fd, "write one line of JSON to this descriptor when serving");
+  app.set_version_flag("--version", version);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  return options;
+}
 
 void notify_systemd(std::string_view state) {
   const char* const path = std::getenv("NOTIFY_SOCKET");

@@ -8,12 +8,11 @@
 #include "recorder/node/server.h"
 #include "recorder/node/settings.h"
 
-#include <CLI/CLI.hpp>
+#include <fmt/ranges.h>
+#include <spdlog/spdlog.h>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
 #include <boost/asio/steady_timer.hpp>
-#include <fmt/ranges.h>
-#include <spdlog/spdlog.h>
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -26,33 +25,24 @@
 
 int main(int argc, char* argv[]) {
   using namespace postern;
-  CLI::App app{"postern-recorder: keeps recordings"};
-  std::string config = "/etc/postern/recorder.toml";
-  bool check = false;
-  int ready_fd = -1;
-  app.add_option("--config", config, "settings (docs/SETTINGS.recorder.md)");
-  app.add_flag("--check-config", check, "read the settings, tell what is wrong, and end");
-  app.add_option("--ready-fd", ready_fd, "write one line of JSON there when serving");
-  app.set_version_flag("--version", "postern-recorder " POSTERN_VERSION);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  const auto settings = recorder::node::load_settings(config);
+  const auto read = read_daemon_options(argc, argv, "postern-recorder: keeps recordings", "/etc/postern/recorder.toml", "docs/SETTINGS.recorder.md",
+                                        "postern-recorder " POSTERN_VERSION);
+  if (const int* status = std::get_if<int>(&read)) return *status;
+  const auto& options = std::get<DaemonOptions>(read);
+  const auto settings = recorder::node::load_settings(options.config);
   if (!settings) {
     std::cerr << settings.error().doing << "\n";
     return 1;
   }
-  if (check) {
-    std::cout << config << ": ok\n";
+  if (options.check) {
+    std::cout << options.config << ": ok\n";
     return 0;
   }
   set_up_log("postern-recorder", settings->log_level);
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error of one write
   ::umask(027);
-  if (settings->ingest.empty()) spdlog::warn("event=nobody_may_upload hint=\"ingest.allow in {}\"", config);
+  if (settings->ingest.empty()) spdlog::warn("event=nobody_may_upload hint=\"ingest.allow in {}\"", options.config);
   try {
     boost::asio::io_context io{1};
     boost::asio::signal_set signals{io, SIGTERM, SIGINT, SIGHUP};
@@ -67,9 +57,9 @@ int main(int argc, char* argv[]) {
       signals.async_wait([&](const boost::system::error_code& ec, int number) {
         if (ec) return;
         if (number == SIGHUP) {
-          if (auto again = recorder::node::load_settings(config)) {
+          if (auto again = recorder::node::load_settings(options.config)) {
             server.reload(*again);
-            spdlog::info("event=settings_loaded file={} taken=\"ingest read\"", config);
+            spdlog::info("event=settings_loaded file={} taken=\"ingest read\"", options.config);
           } else {
             spdlog::error("event=settings_kept reason={}", postern::safe_quoted(again.error().doing, 1000));
           }
@@ -91,7 +81,7 @@ int main(int argc, char* argv[]) {
     std::vector<std::string> listening;
     for (const auto& e : server.listening()) listening.push_back(e.text());
     spdlog::info("event=serving listening={}", fmt::join(listening, ","));
-    tell_ready(ready_fd, listening);
+    tell_ready(options.ready_fd, listening);
     io.run();
     spdlog::info("event=stopped");
   } catch (const std::exception& e) {

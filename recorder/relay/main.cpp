@@ -8,36 +8,26 @@
 #include "recorder/relay/relay.h"
 #include "recorder/relay/settings.h"
 
-#include <CLI/CLI.hpp>
+#include <spdlog/spdlog.h>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
-#include <spdlog/spdlog.h>
 
 #include <csignal>
 #include <iostream>
 
 int main(int argc, char* argv[]) {
   using namespace postern;
-  CLI::App app{"postern-relay: carries recordings from this host's sessions to the recorders"};
-  std::string config = "/etc/postern/relay.toml";
-  bool check = false;
-  int ready_fd = -1;
-  app.add_option("--config", config, "settings (docs/SETTINGS.relay.md)");
-  app.add_flag("--check-config", check, "read the settings, tell what is wrong, and end");
-  app.add_option("--ready-fd", ready_fd, "write one line of JSON there when serving");
-  app.set_version_flag("--version", "postern-relay " POSTERN_VERSION);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  const auto settings = recorder::relay::load_settings(config);
+  const auto read = read_daemon_options(argc, argv, "postern-relay: carries recordings from this host's sessions to the recorders", "/etc/postern/relay.toml",
+                                        "docs/SETTINGS.relay.md", "postern-relay " POSTERN_VERSION);
+  if (const int* status = std::get_if<int>(&read)) return *status;
+  const auto& options = std::get<DaemonOptions>(read);
+  const auto settings = recorder::relay::load_settings(options.config);
   if (!settings) {
     std::cerr << settings.error().doing << "\n";
     return 1;
   }
-  if (check) {
-    std::cout << config << ": ok\n";
+  if (options.check) {
+    std::cout << options.config << ": ok\n";
     return 0;
   }
   set_up_log("postern-relay", settings->log_level);
@@ -57,7 +47,7 @@ int main(int argc, char* argv[]) {
       io.stop();
     });
     spdlog::info("event=serving socket={} journal={}", settings->session_socket, settings->journal.dir.string());
-    tell_ready(ready_fd, {settings->session_socket}, {{"control", settings->control_socket}});
+    tell_ready(options.ready_fd, {settings->session_socket}, {{"control", settings->control_socket}});
     io.run();
     relay.stop();
   } catch (const std::exception& e) {

@@ -9,15 +9,13 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
 
-#include <CLI/CLI.hpp>
-
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <linux/close_range.h>
 #include <csignal>
 #include <filesystem>
 #include <iostream>
-#include <linux/close_range.h>
 
 namespace {
 
@@ -35,34 +33,21 @@ int main(int argc, char** argv) {
   using namespace postern;
   using namespace postern::sshd::broker;
 
-  CLI::App app{"posternd: an SSH server for identity networks"};
-  std::string config_file = "/etc/postern/posternd.toml";
-  bool check = false, version = false;
-  int ready_fd = -1;
-  app.add_option("--config", config_file, "settings (docs/SETTINGS.md)");
-  app.add_flag("--check-config", check, "read settings, policy and nodes, name what is wrong (file:line:column), and exit 0 or 1");
-  app.add_option("--ready-fd", ready_fd, "write one line of JSON to this descriptor once logins are possible");
-  app.add_flag("--version", version, "print the version and what this build lacks");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
-  if (version) {
-    std::cout << "posternd " << POSTERN_VERSION << " (libssh " << POSTERN_LIBSSH_MODE << ")\n";
-    return 0;
-  }
+  const auto read = read_daemon_options(argc, argv, "posternd: an SSH server for identity networks", "/etc/postern/posternd.toml", "docs/SETTINGS.md",
+                                        "posternd " POSTERN_VERSION " (libssh " POSTERN_LIBSSH_MODE ")");
+  if (const int* status = std::get_if<int>(&read)) return *status;
+  const auto& options = std::get<DaemonOptions>(read);
   // What we were started with is nobody else's business: programs that we start get what they are given.
   ::close_range(3, ~0U, CLOSE_RANGE_CLOEXEC);
 
-  const auto text = read_whole_file(config_file, 1024 * 1024);
+  const auto text = read_whole_file(options.config, 1024 * 1024);
   if (!text) {
     std::cerr << text.error().doing << "\n";
     return 1;
   }
-  auto config = parse_config(*text, config_file);
+  auto config = parse_config(*text, options.config);
   if (!config) return print_problems(config.error());
-  if (check) {
+  if (options.check) {
     std::vector<Problem> problems;
     if (auto provider = auth::identity::make_static_provider(config->identity.file); !provider) problems = provider.error();
     const auto policy_text = read_whole_file(config->policy.file, 64 * 1024 * 1024);
@@ -74,7 +59,7 @@ int main(int argc, char** argv) {
       for (const auto& w : policy->warnings()) std::cerr << "warning: " << w.text() << "\n";
     }
     if (!problems.empty()) return print_problems(problems);
-    std::cout << config_file << ": fine\n";
+    std::cout << options.config << ": fine\n";
     return 0;
   }
 
@@ -90,7 +75,7 @@ int main(int argc, char** argv) {
   std::error_code ec;
   const auto self = std::filesystem::read_symlink("/proc/self/exe", ec);
   boost::asio::io_context io{1};
-  Broker broker{io, std::move(*config), config_file, self.parent_path().string()};
+  Broker broker{io, std::move(*config), options.config, self.parent_path().string()};
   int result = 0;
 
   boost::asio::signal_set stop_signals{io, SIGTERM, SIGINT};
@@ -120,7 +105,7 @@ int main(int argc, char** argv) {
     spdlog::info("event=ready");
     std::vector<std::string> listening;
     for (const auto& e : broker.listening()) listening.push_back(e.text());
-    tell_ready(ready_fd, listening, {{"control", broker.config().control.socket}});
+    tell_ready(options.ready_fd, listening, {{"control", broker.config().control.socket}});
   });
   io.run();
   return result;
