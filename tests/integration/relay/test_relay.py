@@ -447,11 +447,12 @@ def test_host_that_lost_the_end_of_its_journal_with_its_power_is_no_conflict(sce
 def test_session_that_must_be_recorded_does_not_wait_behind_replays(scene):
     """Its user waits: by the time that a gigabyte of others has been replayed it would have been refused."""
     settings_of(scene.relay, "recorders", "replays = 1")
-    settings_of(scene.recorders["a"], "store", 'commit_interval = "6s"')  # so the one replay lasts
+    # So the one replay lasts: its first turn takes at most the window of 1 MiB, the next one comes 6 s later.
+    settings_of(scene.recorders["a"], "store", 'commit_interval = "6s"\nturn_bytes = "16MiB"')
     scene.start("r")
     replay = Feed(scene, recorders=scene.names["a"])
-    replay.feed(text(600))
-    replay.wait_number("journaled", 600 * 1024 // 2)
+    replay.feed(text(6000))
+    replay.wait_number("journaled", 6000 * 1024)
     scene.start("a")
     replay.wait("state recording")
     since = time.monotonic()
@@ -464,6 +465,8 @@ def test_session_that_must_be_recorded_does_not_wait_behind_replays(scene):
 
 def test_relay_that_stood_still_does_not_blame_the_recorder(scene):
     settings_of(scene.relay, "recorders", 'commit_timeout = "1s"')
+    config = scene.relay.config.read_text()
+    scene.relay.config.write_text(config.replace(f'lost_timeout = "{int(LOST * 1000)}ms"', 'lost_timeout = "5s"'))
     scene.start("ar")
     feed = Feed(scene)
     feed.wait("state recording")
@@ -473,6 +476,7 @@ def test_relay_that_stood_still_does_not_blame_the_recorder(scene):
     scene.relay.pause()
     time.sleep(2)
     scene.relay.resume()
+    time.sleep(0.4)  # of its ticks, in which nothing has come from the recorder yet
     scene.recorders["a"].resume()
     feed.finish()
     scene.whole(feed, "a")
