@@ -464,9 +464,9 @@ def test_session_that_must_be_recorded_does_not_wait_behind_replays(scene):
 
 
 def test_relay_that_stood_still_does_not_blame_the_recorder(scene):
-    settings_of(scene.relay, "recorders", 'commit_timeout = "1s"')
+    settings_of(scene.relay, "recorders", 'commit_timeout = "3s"')
     config = scene.relay.config.read_text()
-    scene.relay.config.write_text(config.replace(f'lost_timeout = "{int(LOST * 1000)}ms"', 'lost_timeout = "5s"'))
+    scene.relay.config.write_text(config.replace(f'lost_timeout = "{int(LOST * 1000)}ms"', 'lost_timeout = "10s"'))
     scene.start("ar")
     feed = Feed(scene)
     feed.wait("state recording")
@@ -474,7 +474,7 @@ def test_relay_that_stood_still_does_not_blame_the_recorder(scene):
     feed.feed(b"waits for a commit\n")
     feed.wait_number("written", 100)
     scene.relay.pause()
-    time.sleep(2)
+    time.sleep(4)
     scene.relay.resume()
     time.sleep(0.4)  # of its ticks, in which nothing has come from the recorder yet
     scene.recorders["a"].resume()
