@@ -62,9 +62,9 @@ def _reachable(built: pathlib.Path) -> pathlib.Path:
     place = pathlib.Path(tempfile.mkdtemp(prefix="pt-bin-"))
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     place.chmod(0o755)
-    for name in ("posternd", "postern-net", "postern-session", "postern-relay", "postern-recorder", "postern"):
-        if (built / name).exists():
-            shutil.copy2(built / name, place / name)
+    for program in built.iterdir():
+        if program.is_file() and not program.name.endswith("_test"):
+            shutil.copy2(program, place / program.name)
     return place
 
 
