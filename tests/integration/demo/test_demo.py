@@ -120,7 +120,7 @@ def test_a_recorder_dies_and_the_recording_goes_on_at_the_other_and_restart_brin
         return None
     recording = wait_until(whole_at_b, "recorder B has the whole recording", 30)
     text = recording.stream("o")
-    assert b"\r1\r\n2\r\n" in text and b"\r\n299999\r\n300000\r\n" in text
+    assert re.search(rb"[\r\n]1\r\n2\r\n", text) and b"\r\n299999\r\n300000\r\n" in text  # before the 1: with TERM=dumb bash says nothing of pasting
     assert demo("restart", "recorder-a").returncode == 0
     assert demo("status").returncode == 0
     assert env()["RECORDER_A_PID"] != e["RECORDER_A_PID"]
