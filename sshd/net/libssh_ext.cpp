@@ -34,6 +34,7 @@ namespace {
 
 Signer* the_signer = nullptr;
 std::vector<ssh_key> host_keys;  // public halves, order of Server::make
+const Server* owner_of_host_keys = nullptr;  // the last one made
 PacketObserver* the_observer = nullptr;
 
 /// A packet read without moving libssh's position.
@@ -218,6 +219,7 @@ Expected<std::unique_ptr<Server>> Server::make(const std::vector<std::string>& b
       return fail("set the message authentication codes");
   for (const auto key : host_keys) ssh_key_free(key);
   host_keys.clear();
+  owner_of_host_keys = server.get();
   for (const auto& blob : blobs) {
     ssh_string text = ssh_string_new(blob.size());
     if (text == nullptr || ssh_string_fill(text, blob.data(), blob.size()) != 0) return fail("copy a host key");
@@ -232,7 +234,13 @@ Expected<std::unique_ptr<Server>> Server::make(const std::vector<std::string>& b
   return server;
 }
 
-Server::~Server() { ssh_bind_free(bind_); }
+Server::~Server() {
+  ssh_bind_free(bind_);
+  if (owner_of_host_keys != this) return;
+  for (const auto key : host_keys) ssh_key_free(key);
+  host_keys.clear();
+  owner_of_host_keys = nullptr;
+}
 
 Expected<ssh_session> Server::accept(int socket) {
   ssh_session session = ssh_new();
