@@ -286,7 +286,6 @@ void Connection::on_verdict(Message message) {
   }
   // The banner has said why. Out at once: after a USERAUTH_FAILURE, whatever it lists, OpenSSH's client would ask its user for a
   // password that does not exist. asyncssh and others raise "permission denied" for this reason code.
-  login_ = Login::denied;
   disconnect(ext::DisconnectReason::no_more_auth_methods, "Permission denied.");
 }
 

@@ -37,7 +37,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   void run();
 
  private:
-  enum class Login { open, asked, accepted, denied };
+  enum class Login { open, asked, accepted };
   /// nullptr: libssh dropped the request without a word.
   using AuthMessage = ssh_message;
 
