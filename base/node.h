@@ -2,11 +2,16 @@
 
 #include "base/address.h"
 
+#include <map>
 #include <string>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 namespace postern {
+
+/// A value of a device's posture attribute (tailscale.com/kb/1288/device-posture).
+using Attribute = std::variant<bool, double, std::string>;
 
 /// A machine of the network, as the identity provider knows it. Either a user's (`login` set, no tags) or tagged (no login).
 struct Node {
@@ -15,6 +20,10 @@ struct Node {
   std::vector<Address> addresses;
   std::string login;              ///< "alice@example.com", empty when tagged
   std::vector<std::string> tags;  ///< "tag:server", sorted
+  /// What is known of the device, for srcPosture: "node:os" -> "macos". What is not here is not set.
+  std::map<std::string, Attribute> attributes = {};
+  /// App capabilities that this node has at us (whois's CapMap): name -> JSON text of the array.
+  std::map<std::string, std::string> capabilities = {};
 
   bool tagged() const noexcept { return !tags.empty(); }
 };
@@ -28,6 +37,7 @@ std::string_view problem_of_login(std::string_view login) noexcept;
 /// What the provider knows of the network: needed to expand tags, autogroups and host names of a policy.
 struct Network {
   std::vector<Node> nodes;
+  std::vector<std::string> users = {};  ///< logins that exist, also those without a node
 
   /// The node that has this address, or nullptr.
   const Node* find(const Address& address) const noexcept {

@@ -4,6 +4,8 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "$root/build"
+# Paths below the tree count as relative, so that another clone on the same machine finds what this one compiled.
+export CCACHE_BASEDIR="$root" CCACHE_NOHASHDIR=1
 
 # Everything beyond a minimal Debian 12 (debootstrap --variant=minbase).
 packages_build="ca-certificates ccache cmake g++ make ninja-build pkg-config xz-utils debian-archive-keyring

@@ -713,7 +713,7 @@ class Loader {
 
 }  // namespace
 
-Expected<Policy, std::vector<Problem>> Policy::load(std::string_view text, std::string file_name) {
+Expected<Policy, std::vector<Problem>> Policy::load(std::string_view text, std::string file_name, const LoadOptions&) {
   Problems problems{file_name};
   Problems warnings{std::move(file_name)};
   const auto root = hujson::parse(text, problems);

@@ -1,8 +1,10 @@
 #pragma once
 
+#include "auth/policy/session_rules.h"
 #include "base/expected.h"
 #include "base/node.h"
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -37,6 +39,9 @@ struct Verdict {
   std::string recorder_tag;             ///< "tag:recorder" of the rule; empty: no recording
   bool record = false;                  ///< the rule names a recorder tag (even when no node carries it)
   bool enforce_recorder = false;
+  /// Of a check: how long an earlier proof of identity counts; absent: none does ("always"). 12 h where the rule says nothing.
+  std::optional<std::chrono::seconds> check_period;
+  SessionRules session_rules;           ///< of the app grants that match; what else narrows them (whois, posternd.toml) is the caller's
 
   bool operator==(const Verdict&) const = delete;
 };
@@ -58,6 +63,33 @@ struct Question {
   std::optional<Address> destination_address = std::nullopt;
 };
 
+/// What load() has to know beside the file.
+struct LoadOptions {
+  std::string session_capability{default_session_capability};
+  /// Domains of the network, for "user:*@domain" and "localpart:*@domain": others are refused, as the real service does. Empty: not known,
+  /// every domain will do (Headscale).
+  std::vector<std::string> domains = {};
+};
+
+/// What one ssh rule says to a question, for people.
+struct RuleTrace {
+  Place rule;
+  std::string field;      ///< "ssh[3]"
+  Outcome action = Outcome::accept;
+  bool src = false, dst = false, user = false, posture = true;  ///< which of its conditions hold
+  bool decides = false;   ///< the first rule of which all hold
+  std::string why;        ///< "src does not name alice-laptop (alice@example.com)", "src \"group:eng\", dst \"tag:server\", user \"root\""
+};
+
+/// A decision and how it came about.
+struct Explanation {
+  Verdict verdict;
+  std::vector<RuleTrace> rules;      ///< in the order of evaluation: check before accept, then as in the file
+  bool network_open = false;         ///< an acl or grant opens the port (whether or not that was required)
+  Place network_rule;                ///< the first that does; line 0: none, or the file has neither acls nor grants and all is open
+  std::string network_why;           ///< a sentence
+};
+
 /// A policy file, loaded and checked. Immutable, cheap to copy (shared). Evaluation is pure: no clock, no sockets, no files.
 ///
 /// Tailscale's language (HuJSON); docs/POLICY.md says what is understood. What is not understood is refused by load() with its
@@ -65,11 +97,30 @@ struct Question {
 class Policy {
  public:
   /// Loads `text`. All problems that can be found are reported at once, in file order; `file_name` stands in their places.
-  static Expected<Policy, std::vector<Problem>> load(std::string_view text, std::string file_name);
+  static Expected<Policy, std::vector<Problem>> load(std::string_view text, std::string file_name, const LoadOptions& options = {});
 
   /// First match wins; check rules come before accept rules; nothing is merged. `require_network_rule`: an acl or grant must
   /// open question.port from source to destination as well (a plain WireGuard network has no packet filter).
   Verdict decide(const Network& network, const Question& question, bool require_network_rule = true) const;
+
+  /// decide(), with every rule's say. Slower (it looks at each rule), and never of another opinion.
+  Explanation explain(const Network& network, const Question& question, bool require_network_rule = true) const;
+
+  /// Runs the file's `tests` and `sshTests` on `network`: a problem for each assertion that does not hold, "test(s) failed: ...", in
+  /// file order. Nothing of the policy's own decisions depends on them; the real service does not take a file of which one fails.
+  std::vector<Problem> run_tests(const Network& network) const;
+  std::size_t test_count() const noexcept;  ///< entries of `tests` and `sshTests`
+
+  /// A network that has what the file itself names: a node for each user and each tag. For run_tests() where no network is known.
+  Network imagined_network() const;
+
+  /// Names that some rule's `users` writes out, sorted; `nonroot`: some rule takes autogroup:nonroot; `localparts`: some rule takes localpart:*@…
+  struct UserNames {
+    std::vector<std::string> literal;
+    bool nonroot = false;
+    bool localparts = false;
+  };
+  UserNames user_names() const;
 
   /// Things an admin may have meant otherwise (an ssh rule that no network rule lets anybody reach); never errors.
   const std::vector<Problem>& warnings() const noexcept;
