@@ -1,10 +1,14 @@
 #pragma once
 
 #include "auth/policy/policy.h"
+#include "auth/policy/posture.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -34,8 +38,8 @@ class RuleSet {
   void add(std::uint32_t rule) { words_[rule / 64] |= std::uint64_t{1} << (rule % 64); }
   RuleSet& operator|=(const RuleSet& other) noexcept;
   RuleSet& operator&=(const RuleSet& other) noexcept;
-  /// The lowest number in both, or -1.
-  static long first_common(const RuleSet& a, const RuleSet& b) noexcept;
+  /// The lowest number in both that is not below `from`, or -1.
+  static long first_common(const RuleSet& a, const RuleSet& b, std::size_t from = 0) noexcept;
   bool empty() const noexcept;
 
  private:
@@ -112,48 +116,134 @@ class PrefixRules {
   std::vector<Table> tables_;
 };
 
-/// What a rule can name on one side. `name` of a user, group or tag; `prefix` of an address.
-enum class What { everyone, member, tagged, self, user, group, tag, prefix };
+/// What a rule can name on one side. `name`: what was written; `prefixes` of addresses, hosts and ipsets; `nobody`: well-formed words of
+/// which this side can know no node (autogroup:internet, users' roles, shared-in users, synced groups).
+enum class What { everyone, member, tagged, self, user, domain, group, tag, prefixes, nobody };
 struct Principal {
   What what = What::everyone;
   std::string name = {};
-  Prefix prefix = {};
+  std::vector<Prefix> prefixes = {};
 };
 
 /// One side (src or dst) of the ssh rules, or of the network rules.
 struct Side {
   PortedRules everyone, member, tagged, self;
-  StringMap<PortedRules> users, tags;
+  StringMap<PortedRules> users, domains, tags;
   std::vector<PortedRules> groups;  ///< by group number
   PrefixRules prefixes;
 
   void finish(std::size_t rules);
 };
 
+/// Postures of which one must hold, by their numbers; empty: none is asked for.
+using Postures = std::vector<std::uint32_t>;
+
 struct SshRule {
   unsigned line = 0;
   unsigned column = 0;
+  std::string field;  ///< "ssh[3]"
   Outcome verdict = Outcome::accept;
+  std::optional<std::chrono::seconds> check_period;
   std::vector<std::string> accept_env;
   std::string recorder_tag;
   bool enforce_recorder = false;
+  Postures postures;
+  // As written: for explain() and the file's own tests.
+  std::vector<Principal> src, dst;
+  std::vector<std::string> users;
+  bool nonroot = false;
+  std::vector<std::string> localparts;  ///< domains
+};
+
+/// A rule with localpart:*@domain and a destination other than autogroup:self lets each of its sources in on the source's own node as well,
+/// although that is no destination. Not documented; so does the real service, whose captures ssh-d2 to d12, e5, e6, f3 to f5 show it.
+inline bool reaches_own_node(const SshRule& rule) {
+  return !rule.localparts.empty() && std::any_of(rule.dst.begin(), rule.dst.end(), [](const Principal& p) { return p.what != What::self; });
+}
+
+/// A protocol (IANA number, 0 = all of them) and its ports.
+struct Open {
+  std::uint16_t protocol = 0;
+  PortRange ports;
+};
+
+struct NetworkRule {
+  unsigned line = 0;
+  unsigned column = 0;
+  std::string field;  ///< "acls[0]", "grants[2]"
+  std::vector<Principal> src;
+  struct Destination {
+    Principal who;
+    std::vector<Open> opens;
+  };
+  std::vector<Destination> dst;
+  Postures postures;
+  std::optional<SessionRules> session_rules;  ///< of its app grant
+  bool via = false;  ///< only through a router: opens nothing at the node itself
+};
+
+/// An entry of `tests`.
+struct NetworkTest {
+  unsigned line = 0;
+  unsigned column = 0;
+  std::string field;
+  std::string src;
+  std::uint16_t protocol = 0;  ///< 0: TCP or UDP
+  std::optional<std::map<std::string, Attribute>> attributes;  ///< srcPostureAttrs
+  struct Target {
+    unsigned line = 0;
+    unsigned column = 0;
+    std::string field;
+    std::string text, host;
+    std::uint16_t port = 0;
+    bool accept = true;
+  };
+  std::vector<Target> targets;
+};
+
+/// An entry of `sshTests`.
+struct SshTest {
+  unsigned line = 0;
+  unsigned column = 0;
+  std::string field;
+  std::string src;
+  std::vector<std::string> dst;
+  std::optional<std::map<std::string, Attribute>> attributes;
+  struct Expectation {
+    unsigned line = 0;
+    unsigned column = 0;
+    std::string field;
+    std::string user;
+    enum class Kind { accept, check, deny } kind = Kind::accept;
+  };
+  std::vector<Expectation> expectations;
 };
 
 struct Compiled {
   std::string file;
 
-  StringMap<std::uint32_t> groups;                  ///< "group:eng" -> its number
-  StringMap<std::vector<std::uint32_t>> groups_of;  ///< login -> the groups it is in
+  StringMap<std::uint32_t> groups;                        ///< "group:eng" -> its number
+  std::vector<std::vector<std::string>> group_members;    ///< by that number
+  StringMap<std::vector<std::uint32_t>> groups_of;        ///< login -> the groups it is in
+  StringMap<Prefix> hosts;
+  StringMap<bool> tags;                                   ///< of tagOwners
+  std::vector<Posture> postures;
 
   std::vector<SshRule> ssh;  ///< in the order of evaluation: check before accept, then as in the file
   Side ssh_src, ssh_dst;
-  StringMap<RuleList> ssh_users;  ///< names as a rule writes them; "root" only from here
-  RuleList ssh_nonroot;           ///< rules with autogroup:nonroot
+  StringMap<RuleList> ssh_users;       ///< names as a rule writes them; "root" only from here
+  StringMap<RuleList> ssh_localparts;  ///< by domain
+  RuleList ssh_nonroot;                ///< rules with autogroup:nonroot
+  RuleList ssh_own_node;               ///< rules that let a source in on itself, too: reaches_own_node()
 
-  std::size_t network_rules = 0;  ///< acls and grants that say something of tcp
+  bool network_is_open = true;  ///< neither acls nor grants in the file: all is open, as in the real service
+  std::vector<NetworkRule> network;
   Side network_src, network_dst;
-  std::vector<Ports> ports;  ///< by PortsId; [every_port] is unused
+  std::vector<Ports> ports;  ///< by PortsId, of TCP; [every_port] is unused
+  std::vector<std::uint32_t> grants_with_rules;  ///< network rules that carry session rules
 
+  std::vector<NetworkTest> tests;
+  std::vector<SshTest> ssh_tests;
   std::vector<Problem> warnings;
 
   bool opens(PortsId id, std::uint16_t port) const noexcept {

@@ -2,6 +2,8 @@
 
 #include "auth/policy/compiled.h"
 #include "auth/policy/hujson.h"
+#include "auth/policy/matching.h"
+#include "auth/policy/reading.h"
 #include "base/log.h"
 
 #include <algorithm>
@@ -9,8 +11,6 @@
 
 namespace postern::auth::policy {
 namespace {
-
-bool is_member(const Node& node) noexcept { return !node.tagged() && !node.login.empty(); }
 
 /// The rules whose `side` takes `node`. `addresses`: those of the node that the rules' prefixes are held against; `own`: the
 /// other side is a device of the same user.
@@ -26,11 +26,40 @@ RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, c
     side.member.add_to(set, is_open);
     if (own) side.self.add_to(set, is_open);
     if (const auto it = side.users.find(node.login); it != side.users.end()) it->second.add_to(set, is_open);
+    if (const auto it = side.domains.find(domain_of(node.login)); it != side.domains.end()) it->second.add_to(set, is_open);
     if (const auto it = policy.groups_of.find(node.login); it != policy.groups_of.end())
       for (const auto group : it->second) side.groups[group].add_to(set, is_open);
   }
   for (const Address& address : addresses) side.prefixes.add_to(set, address, is_open);
   return set;
+}
+
+/// The first network rule that opens question.port from source to destination, or -1.
+long first_network_rule(const Compiled& policy, const Question& question) {
+  const bool own = same_user(question.source, question.destination);
+  const auto any_port = [](PortsId) { return true; };
+  const auto is_open = [&](PortsId id) { return policy.opens(id, question.port); };
+  const std::array<Address, 1> from{question.source_address};
+  const auto src = rules_for(policy, policy.network_src, policy.network.size(), question.source, from, own, any_port);
+  const auto dst = rules_for(policy, policy.network_dst, policy.network.size(), question.destination, dialled(question), own, is_open);
+  for (long found = RuleSet::first_common(src, dst); found >= 0; found = RuleSet::first_common(src, dst, static_cast<std::size_t>(found) + 1))
+    if (postures_hold(policy, policy.network[static_cast<std::size_t>(found)].postures, question.source.attributes)) return found;
+  return -1;
+}
+
+/// What the app grants from source to destination ask of a session.
+SessionRules granted_rules(const Compiled& policy, const Question& question) {
+  SessionRules rules;
+  const bool own = same_user(question.source, question.destination);
+  const std::array<Address, 1> from{question.source_address};
+  const auto to = dialled(question);
+  for (const auto number : policy.grants_with_rules) {
+    const NetworkRule& grant = policy.network[number];
+    if (first_taking(policy, grant.src, question.source, from, own) == nullptr || !postures_hold(policy, grant.postures, question.source.attributes)) continue;
+    if (std::any_of(grant.dst.begin(), grant.dst.end(), [&](const auto& d) { return takes(policy, d.who, question.destination, to, own); }))
+      rules = stricter(std::move(rules), *grant.session_rules);
+  }
+  return rules;
 }
 
 }  // namespace
@@ -68,9 +97,10 @@ RuleSet& RuleSet::operator&=(const RuleSet& other) noexcept {
   return *this;
 }
 
-long RuleSet::first_common(const RuleSet& a, const RuleSet& b) noexcept {
-  for (std::size_t i = 0; i < a.words_.size(); i++)
-    if (const std::uint64_t both = a.words_[i] & b.words_[i]; both != 0) return static_cast<long>(i * 64) + std::countr_zero(both);
+long RuleSet::first_common(const RuleSet& a, const RuleSet& b, std::size_t from) noexcept {
+  std::uint64_t mask = ~std::uint64_t{0} << (from % 64);
+  for (std::size_t i = from / 64; i < a.words_.size(); i++, mask = ~std::uint64_t{0})
+    if (const std::uint64_t both = a.words_[i] & b.words_[i] & mask; both != 0) return static_cast<long>(i * 64) + std::countr_zero(both);
   return -1;
 }
 
@@ -126,8 +156,8 @@ void PrefixRules::finish(std::size_t rules) {
 
 void Side::finish(std::size_t rules) {
   for (PortedRules* list : {&everyone, &member, &tagged, &self}) list->finish(rules);
-  for (auto& [name, list] : users) list.finish(rules);
-  for (auto& [name, list] : tags) list.finish(rules);
+  for (auto* named : {&users, &domains, &tags})
+    for (auto& [name, list] : *named) list.finish(rules);
   for (auto& list : groups) list.finish(rules);
   prefixes.finish(rules);
 }
@@ -144,13 +174,13 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
     return verdict;
   }
 
-  // autogroup:self: the user's own devices. Neither end may be tagged: who tags a device gives it away.
-  const bool own = is_member(source) && is_member(destination) && source.login == destination.login;
+  const bool own = same_user(source, destination);
   const auto any_port = [](PortsId) { return true; };
   constexpr std::array<Address, 0> no_address;  // ssh rules name no addresses
 
-  RuleSet reach = rules_for(policy, policy.ssh_src, policy.ssh.size(), source, no_address, own, any_port);
-  reach &= rules_for(policy, policy.ssh_dst, policy.ssh.size(), destination, no_address, own, any_port);
+  RuleSet reach = rules_for(policy, policy.ssh_dst, policy.ssh.size(), destination, no_address, own, any_port);
+  if (source.id == destination.id) policy.ssh_own_node.add_to(reach);
+  reach &= rules_for(policy, policy.ssh_src, policy.ssh.size(), source, no_address, own, any_port);
   if (reach.empty()) {
     verdict.denial = mappable ? Denial::no_rule : Denial::invalid_user_name;
     return verdict;
@@ -158,31 +188,25 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
 
   RuleSet users{policy.ssh.size()};
   if (const auto it = policy.ssh_users.find(question.ssh_user); it != policy.ssh_users.end()) it->second.add_to(users);
-  // uid 0 has many names (toor, "0"): only what a rule writes out reaches it.
-  if (mappable && question.ssh_user != "root" && question.uid.value_or(1) != 0) policy.ssh_nonroot.add_to(users);
-  const long found = RuleSet::first_common(reach, users);
+  if (question.ssh_user != "root" && question.uid.value_or(1) != 0) {  // matching.cpp, user_by()
+    if (mappable) policy.ssh_nonroot.add_to(users);
+    if (is_member(source) && localpart_of(source.login) == question.ssh_user)
+      if (const auto it = policy.ssh_localparts.find(domain_of(source.login)); it != policy.ssh_localparts.end()) it->second.add_to(users);
+  }
+  bool any_met = false;
+  long found = -1;
+  for (long next = RuleSet::first_common(reach, users); next >= 0 && found < 0; next = RuleSet::first_common(reach, users, static_cast<std::size_t>(next) + 1)) {
+    any_met = true;
+    if (postures_hold(policy, policy.ssh[static_cast<std::size_t>(next)].postures, source.attributes)) found = next;
+  }
   if (found < 0) {
-    verdict.denial = mappable ? Denial::user_not_permitted : Denial::invalid_user_name;
+    verdict.denial = any_met ? Denial::posture : mappable ? Denial::user_not_permitted : Denial::invalid_user_name;
     return verdict;
   }
 
-  if (require_network_rule) {
-    const auto is_open = [&](PortsId id) { return policy.opens(id, question.port); };
-    const std::array<Address, 1> from{question.source_address};
-    // A packet filter sees the address that was dialled. Where we do not know it, it has at least the source's family.
-    std::vector<Address> to;
-    if (question.destination_address) {
-      to.push_back(*question.destination_address);
-    } else {
-      std::copy_if(destination.addresses.begin(), destination.addresses.end(), std::back_inserter(to),
-                   [&](const Address& a) { return a.v4() == question.source_address.v4(); });
-    }
-    const auto src = rules_for(policy, policy.network_src, policy.network_rules, source, from, own, any_port);
-    const auto dst = rules_for(policy, policy.network_dst, policy.network_rules, destination, to, own, is_open);
-    if (RuleSet::first_common(src, dst) < 0) {
-      verdict.denial = Denial::no_network_rule;
-      return verdict;
-    }
+  if (require_network_rule && !policy.network_is_open && first_network_rule(policy, question) < 0) {
+    verdict.denial = Denial::no_network_rule;
+    return verdict;
   }
 
   const SshRule& rule = policy.ssh[static_cast<std::size_t>(found)];
@@ -191,6 +215,8 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
   verdict.rule = Place{policy.file, rule.line, rule.column};
   verdict.local_user = question.ssh_user;
   verdict.accept_env = rule.accept_env;
+  verdict.check_period = rule.check_period;
+  verdict.session_rules = granted_rules(policy, question);
   if (rule.recorder_tag.empty()) return verdict;
 
   verdict.record = true;
@@ -213,6 +239,7 @@ std::string denial_text(Denial denial, std::string_view ssh_user) {
   switch (denial) {
     case Denial::none: return "";
     case Denial::no_rule:
+    case Denial::posture:
     case Denial::no_network_rule: return "tailnet policy does not permit you to SSH to this node";
     case Denial::invalid_user_name:
     case Denial::user_not_permitted: break;
@@ -225,7 +252,7 @@ bool is_mappable_user_name(std::string_view name) noexcept {
   const auto letter = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; };
   if (!letter(name.front())) return false;
   if (name.back() == '$') name.remove_suffix(1);  // Samba's machine accounts, useradd(8)
-  return std::all_of(name.begin(), name.end(), [&](char c) { return letter(c) || (c >= '0' && c <= '9') || c == '.' || c == '-'; });
+  return std::all_of(name.begin(), name.end(), [&](char c) { return letter(c) || (c >= '0' && c <= '9') || c == '.' || c == '-' || c == '+'; });
 }
 
 bool glob_matches(std::string_view pattern, std::string_view name) noexcept {

@@ -25,6 +25,7 @@ enum class Denial {
   invalid_user_name,   ///< could never be an account (see is_mappable_user_name)
   no_rule,             ///< no ssh rule matches this peer and this node
   user_not_permitted,  ///< rules match the peer, none the user name
+  posture,             ///< a rule would allow it, but the device does not meet its srcPosture
   no_network_rule,     ///< an ssh rule would allow it, but no acl or grant opens port 22
 };
 
@@ -90,6 +91,13 @@ struct Explanation {
   std::string network_why;           ///< a sentence
 };
 
+/// What the file's own tests found.
+struct TestReport {
+  std::size_t passed = 0;         ///< entries of `tests` and `sshTests`
+  std::vector<Problem> failed;    ///< "test(s) failed: ..." at each assertion that does not hold, in file order
+  std::vector<Problem> left_out;  ///< entries that could not be tried, and why
+};
+
 /// A policy file, loaded and checked. Immutable, cheap to copy (shared). Evaluation is pure: no clock, no sockets, no files.
 ///
 /// Tailscale's language (HuJSON); docs/POLICY.md says what is understood. What is not understood is refused by load() with its
@@ -106,10 +114,10 @@ class Policy {
   /// decide(), with every rule's say. Slower (it looks at each rule), and never of another opinion.
   Explanation explain(const Network& network, const Question& question, bool require_network_rule = true) const;
 
-  /// Runs the file's `tests` and `sshTests` on `network`: a problem for each assertion that does not hold, "test(s) failed: ...", in
-  /// file order. Nothing of the policy's own decisions depends on them; the real service does not take a file of which one fails.
-  std::vector<Problem> run_tests(const Network& network) const;
-  std::size_t test_count() const noexcept;  ///< entries of `tests` and `sshTests`
+  /// Runs the file's `tests` and `sshTests` on `network`. The policy's own decisions do not depend on them; the real service does not take
+  /// a file of which one fails. `whole_network`: a source or destination that is no node of `network` fails its test, as the service has
+  /// it; without, such a test is left out (the network that one host sees may be a part, an imagined one has no given addresses).
+  TestReport run_tests(const Network& network, bool whole_network = true) const;
 
   /// A network that has what the file itself names: a node for each user and each tag. For run_tests() where no network is known.
   Network imagined_network() const;
@@ -130,7 +138,7 @@ class Policy {
   std::shared_ptr<const Compiled> compiled_;
 };
 
-/// True when `name` may be the name of a local account at all: 1 to 32 bytes of [A-Za-z0-9_.-] plus a final "$", beginning with a
+/// True when `name` may be the name of a local account at all: 1 to 32 bytes of [A-Za-z0-9_.+-] plus a final "$", beginning with a
 /// letter or "_"; so never a number (it would be read as a uid by tools), never "+x", "-x", blanks, "/", ":", or control
 /// characters (useradd(8); tailscale f368a96e0, e48e7b730).
 bool is_mappable_user_name(std::string_view name) noexcept;

@@ -234,12 +234,19 @@ TEST_CASE("a node with tags is nobody's device, and a node with neither user nor
 }
 
 TEST_CASE("an ssh rule alone is not enough: an acl or grant must open port 22", "[auth][policy]") {
-  const auto policy = load("{" + names + "\"ssh\": [" + rule("group:eng", "tag:server", "root") + "]}");
+  const auto policy = load("{" + names + "\"acls\": [], \"ssh\": [" + rule("group:eng", "tag:server", "root") + "]}");
   const auto verdict = ask(policy, "alice-laptop", "server", "root");
   CHECK(verdict.outcome == Outcome::deny);
   CHECK(verdict.denial == Denial::no_network_rule);
   CHECK(policy.decide(network, {node("alice-laptop"), *Address::parse("100.64.0.1"), node("server"), "root", std::nullopt}, false).outcome == Outcome::accept);
   CHECK(ask(policy, "alice-laptop", "server", "ubuntu").denial == Denial::user_not_permitted);
+}
+
+TEST_CASE("a file with neither acls nor grants opens every port, as the service has it, and null counts as neither", "[auth][policy]") {
+  for (const std::string network_part : {"", "\"acls\": null,", "\"grants\": null, \"acls\": null,"})
+    CHECK(may(load("{" + names + network_part + "\"ssh\": [" + rule("group:eng", "tag:server", "root") + "]}"), "alice-laptop", "server", "root"));
+  for (const std::string network_part : {"\"acls\": [],", "\"grants\": [],", "\"ACLs\": [], \"grants\": null,"})
+    CHECK_FALSE(may(load("{" + names + network_part + "\"ssh\": [" + rule("group:eng", "tag:server", "root") + "]}"), "alice-laptop", "server", "root"));
 }
 
 TEST_CASE("acls open the ports that they list, from their sources to their destinations, over TCP", "[auth][policy]") {
