@@ -53,7 +53,7 @@ int main(int argc, char** argv) {
     const auto policy_text = read_whole_file(config->policy.file, 64 * 1024 * 1024);
     if (!policy_text) {
       problems.push_back({{config->policy.file, 1, 1}, "", policy_text.error().doing, ""});
-    } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file); !policy) {
+    } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file, load_options(*config)); !policy) {
       problems.insert(problems.end(), policy.error().begin(), policy.error().end());
     } else {
       for (const auto& w : policy->warnings()) std::cerr << "warning: " << w.text() << "\n";
