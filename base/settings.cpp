@@ -8,44 +8,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
-#include <charconv>
 #include <set>
 
 namespace postern {
-namespace {
-
-struct Unit {
-  std::string_view name;
-  std::uint64_t factor;
-};
-constexpr std::array<Unit, 5> time_units{{{"ms", 1}, {"s", 1000}, {"m", 60'000}, {"h", 3'600'000}, {"d", 86'400'000}}};
-constexpr std::array<Unit, 5> size_units{{{"B", 1}, {"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"TiB", std::uint64_t{1} << 40}}};
-
-template <std::size_t N>
-std::optional<std::uint64_t> parse_amount(std::string_view text, const std::array<Unit, N>& units) {
-  std::uint64_t number = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-  if (error != std::errc{} || end == text.data()) return std::nullopt;
-  const std::string_view name{end, static_cast<std::size_t>(text.data() + text.size() - end)};
-  for (const auto& unit : units) {
-    if (name != unit.name) continue;
-    if (number > (std::uint64_t{1} << 53) / unit.factor) return std::nullopt;
-    return number * unit.factor;
-  }
-  return std::nullopt;
-}
-
-}  // namespace
-
-std::optional<std::chrono::milliseconds> parse_duration(std::string_view text) {
-  const auto ms = parse_amount(text, time_units);
-  if (!ms) return std::nullopt;
-  return std::chrono::milliseconds{static_cast<std::int64_t>(*ms)};
-}
-
-std::optional<std::uint64_t> parse_size(std::string_view text) { return parse_amount(text, size_units); }
 
 Expected<std::string> read_whole_file(const std::string& path, std::size_t largest) {
   const UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
@@ -61,6 +27,41 @@ Expected<std::string> read_whole_file(const std::string& path, std::size_t large
     out.append(buffer, static_cast<std::size_t>(n));
   }
 }
+
+namespace {
+
+/// Nothing for tables, dates and times.
+std::optional<SettingsValue> settings_value(const toml::node& node) {
+  SettingsValue v;
+  v.line = node.source().begin.line;
+  v.column = node.source().begin.column;
+  switch (node.type()) {
+    case toml::node_type::boolean:
+      v.kind = SettingsValue::Kind::boolean;
+      v.boolean = node.as_boolean()->get();
+      return v;
+    case toml::node_type::integer:
+      v.kind = SettingsValue::Kind::number;
+      v.text = std::to_string(node.as_integer()->get());
+      return v;
+    case toml::node_type::floating_point:
+      v.kind = SettingsValue::Kind::number;
+      v.text = std::to_string(node.as_floating_point()->get());
+      return v;
+    case toml::node_type::string: v.text = node.as_string()->get(); return v;
+    case toml::node_type::array:
+      v.kind = SettingsValue::Kind::list;
+      for (const auto& item : *node.as_array()) {
+        auto one = settings_value(item);
+        if (!one) return std::nullopt;
+        v.items.push_back(std::move(*one));
+      }
+      return v;
+    default: return std::nullopt;
+  }
+}
+
+}  // namespace
 
 struct SettingsReader::Impl {
   std::string file;
@@ -116,6 +117,16 @@ void SettingsReader::table(const char* name, const std::function<void()>& member
 
 void SettingsReader::refuse(const char* key, std::string what, std::string hint) {
   if (const toml::node* node = impl_->peek(key)) impl_->refuse(node->source(), impl_->field(key), std::move(what), std::move(hint));
+}
+
+void SettingsReader::refuse(Problem problem) { impl_->problems.push_back(std::move(problem)); }
+
+std::optional<SettingsValue> SettingsReader::any(const char* key) {
+  const toml::node* node = impl_->find(key);
+  if (node == nullptr) return std::nullopt;
+  auto value = settings_value(*node);
+  if (!value) refuse(key, "must be a text, a number, true, false or a list");
+  return value;
 }
 
 void SettingsReader::refuse_member(const char* key, std::size_t index, std::string what, std::string hint) {

@@ -3,6 +3,7 @@
 #include "base/address.h"
 #include "base/expected.h"
 #include "base/node.h"
+#include "base/units.h"
 
 #include <chrono>
 #include <cstdint>
@@ -16,10 +17,15 @@
 
 namespace postern {
 
-/// "250ms", "10s", "5m", "2h", "1d": a whole number and a unit, at most 2^53 ms. Nothing else.
-std::optional<std::chrono::milliseconds> parse_duration(std::string_view text);
-/// "512B", "64KiB", "4MiB", "1GiB", "2TiB", at most 2^53 bytes. Nothing else.
-std::optional<std::uint64_t> parse_size(std::string_view text);
+/// A setting's value as it stands in the file.
+struct SettingsValue {
+  enum class Kind { boolean, number, text, list };
+  Kind kind = Kind::text;
+  unsigned line = 0, column = 0;
+  bool boolean = false;
+  std::string text;  ///< a text, or a number as it would be written
+  std::vector<SettingsValue> items;
+};
 
 /// A whole file of at most `largest` bytes. Errors: errno, EFBIG.
 Expected<std::string> read_whole_file(const std::string& path, std::size_t largest);
@@ -76,6 +82,12 @@ class SettingsReader {
   }
   /// The value just read is well-formed and still wrong.
   void refuse(const char* key, std::string what, std::string hint = {});
+
+  /// A value of any kind, for a reader that another format shares (auth/policy/session_rules.h); nothing when it is not there, or, with
+  /// a problem, when it is none that a SettingsValue can be.
+  std::optional<SettingsValue> any(const char* key);
+  /// What that reader found.
+  void refuse(Problem problem);
 
   /// What is wrong, in file order; empty = everything is fine.
   std::vector<Problem> finish();

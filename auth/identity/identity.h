@@ -36,6 +36,8 @@ class Provider {
 ///     addresses = ["127.0.0.1"]        # required, at least one, each address in one node only
 ///     user = "alice@example.com"       # either user ...
 ///     tags = ["tag:server"]            # ... or tags, not both, not neither
+///     capabilities = {"postern.internal/cap/ssh" = '[{"sftp": "read-only"}]'}   # optional: what whois's CapMap would say, JSON arrays
+///     attributes = {"node:os" = "linux", "custom:level" = 3}                     # optional: for srcPosture
 ///
 /// Unknown keys, wrong types and duplicates are problems with their place.
 Expected<std::unique_ptr<Provider>, std::vector<Problem>> make_static_provider(std::string file);

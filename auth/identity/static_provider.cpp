@@ -10,10 +10,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <nlohmann/json.hpp>
 #include <toml++/toml.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <map>
 
 namespace postern::auth::identity {
@@ -21,6 +23,10 @@ namespace {
 
 /// Largest file of nodes: 100,000 nodes need about 15 MiB.
 constexpr std::size_t max_nodes_file_bytes = 64 * 1024 * 1024;
+/// Of one capability's JSON. It is read again at each decision.
+constexpr std::size_t max_capability_bytes = 64 * 1024;
+/// Up to here a whole number is the same as a double, which an Attribute holds.
+constexpr std::int64_t largest_whole = std::int64_t{1} << 53;
 
 /// toml++ counts columns in code points, a Place in bytes.
 class Lines {
@@ -163,8 +169,8 @@ class Reader {
   void node(const toml::table& table, const std::string& field) {
     for (const auto& [key, value] : table) {
       const auto k = key.str();
-      if (k == "name" || k == "id" || k == "addresses" || k == "user" || k == "tags") continue;
-      problem(key.source().begin, field + "." + std::string{k}, "unknown key " + safe_quoted(k, 60), "a node has name, id, addresses, user or tags");
+      if (k == "name" || k == "id" || k == "addresses" || k == "user" || k == "tags" || k == "capabilities" || k == "attributes") continue;
+      problem(key.source().begin, field + "." + std::string{k}, "unknown key " + safe_quoted(k, 60), "a node has name, id, addresses, user or tags, capabilities, attributes");
     }
     Node n;
     bool name_taken = false;
@@ -216,7 +222,59 @@ class Reader {
       else n.tags.push_back(tag);
     }
     std::sort(n.tags.begin(), n.tags.end());
+    members(table, "capabilities", field, "\"example.com/cap/x\" = '[{}]'", [&](const std::string& name, const toml::node& value, const std::string& at) {
+      capability(n, name, value, at);
+    });
+    members(table, "attributes", field, "\"node:os\" = \"linux\"", [&](const std::string& name, const toml::node& value, const std::string& at) {
+      attribute(n, name, value, at);
+    });
     network_.nodes.push_back(std::move(n));
+  }
+
+  /// Those of the table `key`; a name is plain text.
+  template <class Read>
+  void members(const toml::table& table, std::string_view key, const std::string& field, const std::string& hint, const Read& read) {
+    const toml::node* value = table.get(key);
+    if (value == nullptr) return;
+    const std::string where = field + "." + std::string{key};
+    const toml::table* all = value->as_table();
+    if (all == nullptr) return problem(*value, where, "must be a table, not " + kind_of(*value), hint);
+    for (const auto& [name, member] : *all) {
+      const std::string at = where + "[" + safe_quoted(name.str(), 80) + "]";
+      // Without quotes the dots of a name make tables (TOML 1.0, "Dotted keys").
+      if (member.is_table()) problem(name.source().begin, at, "is a table", "a name with dots or colons stands in quotes: " + hint);
+      else if (plain(std::string{name.str()}, member, at)) read(std::string{name.str()}, member, at);
+    }
+  }
+
+  /// What whois would say: JSON, and of it an array.
+  void capability(Node& n, const std::string& name, const toml::node& value, const std::string& at) {
+    constexpr auto hint = "the text of a JSON array in single quotes: '[{\"sftp\": \"read-only\"}]'";
+    const auto* text = value.as_string();
+    if (text == nullptr) return problem(value, at, "must be a string, not " + kind_of(value), hint);
+    if (text->get().size() > max_capability_bytes) return problem(value, at, "is too long", "at most " + std::to_string(max_capability_bytes) + " bytes");
+    try {
+      if (const auto json = nlohmann::json::parse(text->get()); !json.is_array()) return problem(value, at, std::string{"must be a JSON array, not "} + json.type_name(), hint);
+    } catch (const nlohmann::json::parse_error& error) {
+      return problem(value, at, "is no JSON: wrong at byte " + std::to_string(error.byte), hint);
+    }
+    n.capabilities.emplace(name, text->get());
+  }
+
+  void attribute(Node& n, const std::string& name, const toml::node& value, const std::string& at) {
+    if (const auto* text = value.as_string()) {
+      if (plain(text->get(), value, at)) n.attributes.emplace(name, text->get());
+    } else if (const auto* flag = value.as_boolean()) {
+      n.attributes.emplace(name, flag->get());
+    } else if (const auto* whole = value.as_integer()) {
+      if (whole->get() > largest_whole || whole->get() < -largest_whole) problem(value, at, "is too large a number", "at most 2^53");
+      else n.attributes.emplace(name, static_cast<double>(whole->get()));
+    } else if (const auto* number = value.as_floating_point()) {
+      if (!std::isfinite(number->get())) problem(value, at, "is not a number that can be compared");
+      else n.attributes.emplace(name, number->get());
+    } else {
+      problem(value, at, "must be a string, a number, true or false, not " + kind_of(value));
+    }
   }
 
   Lines lines_;

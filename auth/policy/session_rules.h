@@ -25,10 +25,11 @@ struct SessionRules {
 
   /// Where a forwarding may go. One list for each source that gave one: a target must stand in every one of them. Words:
   /// "host:port", "*:5432", "10.0.0.0/8:*", "[fd7a::1]:8000-8999", "unix:/run/app/*.sock"; an empty list allows nothing.
+  /// Both are sorted and unique, so that equal rules compare equal.
   using TargetLists = std::vector<std::vector<std::string>>;
 
   std::optional<std::string> command;  ///< runs instead of what the client asks for (sshd's ForceCommand); that is in SSH_ORIGINAL_COMMAND
-  bool command_conflict = false;       ///< two sources force different commands: nobody can obey both, so no session starts
+  bool command_conflict = false;       ///< two sources force different commands: nobody can obey both, so nobody logs in (`command` is empty then)
   std::optional<std::chrono::seconds> max_duration;  ///< of the connection, from the login on
   std::optional<std::chrono::seconds> idle_timeout;  ///< no byte either way on any channel
   std::optional<std::uint32_t> max_sessions;         ///< open session channels of the connection
@@ -43,15 +44,29 @@ struct SessionRules {
   std::vector<std::string> named;
 
   bool operator==(const SessionRules&) const = default;
-  /// One "name": value a member that differs from the default, as JSON text: {"sftp", "\"read-only\""}. In the table's order.
+  /// One "name": value a member that differs from the default, as JSON text: {"sftp", "\"read-only\""}. In the table's order. Forwardings
+  /// are arrays of lists (one a source), whoever gave them; "commandConflict" and "named" stand for what no source writes.
   std::vector<std::pair<std::string, std::string>> members() const;
 };
 
-/// The stricter of both in every member.
+// Bounds of values; what is outside is a problem.
+inline constexpr std::size_t max_forced_command = 1024;  ///< bytes; a longer one belongs into a script
+inline constexpr std::chrono::seconds max_session_limit = std::chrono::hours{24 * 365};
+inline constexpr std::uint32_t max_session_count = 10'000;  ///< as limits.sessions_per_connection
+inline constexpr std::size_t max_forward_targets = 256;     ///< of one list
+
+/// The stricter of both in every member: commutative, associative, idempotent; SessionRules{} changes nothing. (`named` is what either
+/// names: it is what a source may do in spite of enforceRecorder, DESIGN section 1, and the limits of all of them hold there.)
 SessionRules stricter(SessionRules a, const SessionRules& b);
 
 /// Reads a capability's value: an array of objects (several narrow each other). Unknown members, wrong kinds and values out of range
-/// are problems with their place; `field` is where the value stands ("grants[2].app[\"postern.internal/cap/ssh\"]").
+/// are problems with their place; `field` is where the value stands ("grants[2].app[\"postern.internal/cap/ssh\"]"). A refused value
+/// reads as the default, which is wider: with any problem the result must not be used.
 SessionRules read_session_rules(const hujson::Value& value, const std::string& field, hujson::Problems& problems);
+
+/// The same for one object whose members have the names that they have in posternd.toml ("max_duration").
+SessionRules read_session_rule_settings(const hujson::Value& object, const std::string& field, hujson::Problems& problems);
+/// Those names, in the table's order.
+std::vector<std::string> session_rule_settings();
 
 }  // namespace postern::auth::policy

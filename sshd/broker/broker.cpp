@@ -101,7 +101,7 @@ Broker::~Broker() = default;
 Expected<Done> Broker::load_policy(bool first) {
   const auto text = read_whole_file(config_.policy.file, largest_policy);
   if (!text) return Unexpected{text.error()};
-  auto loaded = auth::policy::Policy::load(*text, config_.policy.file);
+  auto loaded = auth::policy::Policy::load(*text, config_.policy.file, load_options(config_));
   if (!loaded) {
     std::string all;
     for (const auto& p : loaded.error()) {

@@ -1,8 +1,55 @@
 #include "sshd/broker/config.h"
 
 #include <algorithm>
+#include <cctype>
+#include <optional>
 
 namespace postern::sshd::broker {
+namespace {
+
+namespace hujson = auth::policy::hujson;
+
+/// A setting as the readers of the policy's language see it.
+hujson::Value json_of(const SettingsValue& setting) {
+  hujson::Value v;
+  v.line = setting.line;
+  v.column = setting.column;
+  v.boolean = setting.boolean;
+  v.text = setting.text;
+  switch (setting.kind) {
+    case SettingsValue::Kind::boolean: v.kind = hujson::Kind::boolean; break;
+    case SettingsValue::Kind::number: v.kind = hujson::Kind::number; break;
+    case SettingsValue::Kind::text: v.kind = hujson::Kind::string; break;
+    case SettingsValue::Kind::list: v.kind = hujson::Kind::array; break;
+  }
+  for (const auto& item : setting.items) v.items.push_back(json_of(item));
+  return v;
+}
+
+/// [session_rules]: what a capability may say, said for the whole host, by the same reader.
+auth::policy::SessionRules read_session_rules(SettingsReader& r, const std::string& file) {
+  hujson::Value table;
+  table.kind = hujson::Kind::object;
+  for (const auto& name : auth::policy::session_rule_settings())
+    if (const auto value = r.any(name.c_str())) table.members.push_back({name, value->line, value->column, json_of(*value)});
+  hujson::Problems problems{file};
+  auto rules = auth::policy::read_session_rule_settings(table, "session_rules", problems);
+  for (auto& p : problems.take()) r.refuse(std::move(p));
+  return rules;
+}
+
+/// "example.com", and organisations that are no domain ("github").
+std::optional<std::string> domain(const std::string& text) {
+  const bool good = !text.empty() && text.size() <= 253 && text.front() != '.' && text.back() != '.' &&
+                    std::all_of(text.begin(), text.end(), [](unsigned char c) { return c < 0x80 && (std::isalnum(c) != 0 || c == '-' || c == '.' || c == '_'); });
+  return good ? std::optional{text} : std::nullopt;
+}
+
+}  // namespace
+
+auth::policy::LoadOptions load_options(const Config& config) {
+  return {.session_capability = config.policy.session_capability, .domains = config.policy.domains};
+}
 
 Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::string_view file_name) {
   using namespace std::chrono_literals;
@@ -15,7 +62,13 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
   r.table("policy", [&] {
     r.path("file", c.policy.file);
     r.flag("require_network_rule", c.policy.require_network_rule);
+    r.text("session_capability", c.policy.session_capability);
+    const auto& name = c.policy.session_capability;
+    if (name.size() > 255 || name.find('/') == std::string::npos || !std::all_of(name.begin(), name.end(), [](unsigned char ch) { return ch > 0x20 && ch < 0x7f; }))
+      r.refuse("session_capability", "must be the name of an app capability, at most 255 characters", "\"example.com/cap/ssh\"");
+    r.list("domains", c.policy.domains, domain, "a domain", "\"example.com\"");
   });
+  r.table("session_rules", [&] { c.session_rules = read_session_rules(r, std::string{file_name}); });
   r.table("identity", [&] {
     r.one_of("provider", c.identity.provider, {"static"});
     r.path("file", c.identity.file);

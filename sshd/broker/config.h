@@ -1,5 +1,6 @@
 #pragma once
 
+#include "auth/policy/policy.h"
 #include "base/address.h"
 #include "base/expected.h"
 #include "base/node.h"
@@ -21,7 +22,10 @@ struct Config {
   struct Policy {
     std::string file = "/etc/postern/policy.hujson";
     bool require_network_rule = true;
+    std::string session_capability{auth::policy::default_session_capability};
+    std::vector<std::string> domains;
   } policy;
+  auth::policy::SessionRules session_rules;  ///< of every session on this host
   struct Identity {
     std::string provider = "static";
     std::string file = "/etc/postern/nodes.toml";
@@ -76,5 +80,8 @@ struct Config {
 
 /// Reads `text`; all problems at once, with their places. Unknown sections, unknown keys, wrong types and values out of range are problems.
 Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::string_view file_name);
+
+/// What Policy::load() has to know of them.
+auth::policy::LoadOptions load_options(const Config& config);
 
 }  // namespace postern::sshd::broker

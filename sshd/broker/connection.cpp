@@ -2,6 +2,7 @@
 
 #include "base/log.h"
 #include "sshd/broker/processes.h"
+#include "sshd/broker/session_rules.h"
 #include "sshd/protocol/net.h"
 #include "sshd/protocol/session.h"
 
@@ -273,9 +274,34 @@ void Connection::when_still_the_same(std::function<void()> go_on) {
     const Node& node = **answer;
     if (node.id != self->source_.id || node.login != self->source_.login || node.tags != self->source_.tags)
       return self->deny("the network changed while you connected; connect again", "another_node");
+    self->source_ = node;  // its name, attributes and capabilities are those of now
     self->generation_ = now;
     self->when_still_the_same(go_on);
   });
+}
+
+bool Connection::let_in() {
+  using auth::policy::Outcome;
+  if (verdict_.outcome == Outcome::check) {
+    deny("this login needs a check of your identity, which this server cannot ask for yet; ask the administrator", "check_not_available");
+    return false;
+  }
+  if (verdict_.outcome != Outcome::accept) {
+    deny(auth::policy::denial_text(verdict_.denial, ssh_user_), "policy");
+    return false;
+  }
+  auto rules = effective_rules(verdict_.session_rules, source_, broker_.config());
+  if (!rules) {
+    spdlog::warn("event=session_rules_unreadable connection={} node={} problem={}", id_, safe_quoted(source_.name), safe_quoted(rules.error().doing, 1000));
+    deny("this server cannot read what the network says of your sessions; ask the administrator", "session_rules_unreadable");
+    return false;
+  }
+  if (rules->command_conflict) {
+    deny("two rules force different commands on this login; ask the administrator", "command_conflict");
+    return false;
+  }
+  rules_ = std::move(*rules);
+  return true;
 }
 
 void Connection::login() {
@@ -284,8 +310,7 @@ void Connection::login() {
     return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ssh_user_ == std::string(1, '\0') ? "" : ssh_user_), "invalid_user_name");
   if (destination == nullptr) return deny("the network does not know this server's address", "server_address_unknown");
   verdict_ = decide(source_, *destination, std::nullopt);
-  if (verdict_.outcome != auth::policy::Outcome::accept)
-    return deny(auth::policy::denial_text(verdict_.denial, ssh_user_), verdict_.outcome == auth::policy::Outcome::check ? "check_not_available" : "policy");
+  if (!let_in()) return;
   // Phase 1 found a candidate; only now is anything started for this peer.
   auto pair = seqpacket_pair();
   if (!pair) return deny("this server is out of resources; try again later", pair.error().doing);
@@ -411,7 +436,7 @@ void Connection::found(const session::User& user) {
   if (destination == nullptr) return deny("the network does not know this server's address", "server_address_unknown");
   // As an ordinary user "uid 0" reads as "the uid that runs posternd", and only that uid can log in.
   verdict_ = decide(source_, *destination, user.uid);
-  if (verdict_.outcome != auth::policy::Outcome::accept) return deny(auth::policy::denial_text(verdict_.denial, ssh_user_), "policy");
+  if (!let_in()) return;
 
   const Config& c = broker_.config();
   bool fits = facts_.peer_address.set(peer_.address.text()) && facts_.server_address.set(local_.address.text()) && facts_.node_id.set(source_.id) &&
@@ -419,7 +444,8 @@ void Connection::found(const session::User& user) {
               facts_.server_node_id.set(destination->id) && facts_.rule.set(verdict_.rule.text()) && facts_.ssh_user.set(ssh_user_) &&
               facts_.local_user.set(verdict_.local_user) && facts_.recorder_tag.set(verdict_.recorder_tag) && facts_.relay_socket.set(c.relay.socket) &&
               facts_.registration_socket.set(c.control.registration_socket) && facts_.pam_service.set(c.pam.service) &&
-              facts_.pam_confdir.set(c.pam.confdir) && facts_.sftp_server.set(c.session.sftp_server) && verdict_.accept_env.size() <= max_accept_env;
+              facts_.pam_confdir.set(c.pam.confdir) && facts_.sftp_server.set(c.session.sftp_server) && verdict_.accept_env.size() <= max_accept_env &&
+              write_rules(rules_, facts_.rules);
   facts_.accepted_at = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
   facts_.policy_version = broker_.policy_version();
   facts_.peer_port = peer_.port;
@@ -473,9 +499,11 @@ void Connection::accept() {
   grace_.cancel();
   uncount();
   const auto took = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - accepted_at_).count();
-  spdlog::info("event=login verdict=accept connection={} peer={} node={} user={} tags={} ssh_user={} local_user={} rule={} record={} enforce={} client={} us={}", id_,
+  std::string rules;  // names only: a forced command is a command line
+  for (const auto& [name, value] : rules_.members()) rules += (rules.empty() ? "" : ",") + name;
+  spdlog::info("event=login verdict=accept connection={} peer={} node={} user={} tags={} ssh_user={} local_user={} rule={} record={} enforce={} session_rules={} client={} us={}", id_,
                peer_.text(), safe_quoted(source_.name), safe_quoted(source_.login), safe_quoted(join(source_.tags)), safe_quoted(ssh_user_), safe_quoted(verdict_.local_user),
-               safe_quoted(verdict_.rule.text()), verdict_.record, verdict_.enforce_recorder, safe_quoted(client_version_), took);
+               safe_quoted(verdict_.rule.text()), verdict_.record, verdict_.enforce_recorder, rules, safe_quoted(client_version_), took);
   net::Verdict verdict;
   verdict.accepted = 1;
   std::vector<UniqueFd> fds;
@@ -562,7 +590,12 @@ std::string Connection::difference(const Node& node) const {
   if (verdict.local_user != f.local_user.get()) return "the policy maps to another account";
   const RecordingTerms now{verdict.record, verdict.enforce_recorder, verdict.recorder_tag};
   const RecordingTerms then{f.record != 0, f.enforce_recorder != 0, std::string{f.recorder_tag.get()}};
-  return now == then ? std::string{} : "the policy's rule on recording changed";
+  if (now != then) return "the policy's rule on recording changed";
+  const auto rules = effective_rules(verdict.session_rules, node, broker_.config());
+  if (!rules) return "what the network says of its sessions cannot be read: " + rules.error().doing;
+  ConnectionFacts::Rules today;
+  if (rules->command_conflict || !write_rules(*rules, today) || today != f.rules) return "its session rules changed";
+  return {};
 }
 
 void Connection::kill_session() {

@@ -74,6 +74,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void session_ended();
   void uncount();
   void over();
+  /// True when `verdict_` lets the peer in and its rules (then in `rules_`) can be obeyed; else it was denied.
+  bool let_in();
   auth::policy::Verdict decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const;
 
   Broker& broker_;
@@ -86,6 +88,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::string ssh_user_;
   std::string client_version_;
   auth::policy::Verdict verdict_;
+  auth::policy::SessionRules rules_;
   bool signed_once_ = false;
   bool granted_ = false;
   bool counted_ = true;  ///< among the unauthenticated

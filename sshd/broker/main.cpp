@@ -5,6 +5,7 @@
 #include "base/daemon.h"
 #include "base/log.h"
 #include "sshd/broker/broker.h"
+#include "sshd/broker/session_rules.h"
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
@@ -49,11 +50,18 @@ int main(int argc, char** argv) {
   if (!config) return print_problems(config.error());
   if (options.check) {
     std::vector<Problem> problems;
-    if (auto provider = auth::identity::make_static_provider(config->identity.file); !provider) problems = provider.error();
+    if (auto provider = auth::identity::make_static_provider(config->identity.file); !provider) {
+      problems = provider.error();
+    } else {
+      // Of one node, and its logins are denied: the others need not wait for it.
+      for (const auto& node : (*provider)->network().nodes)
+        if (const auto rules = effective_rules({}, node, *config); !rules)
+          std::cerr << "warning: " << config->identity.file << ": node " << safe_quoted(node.name) << " cannot log in: " << rules.error().doing << "\n";
+    }
     const auto policy_text = read_whole_file(config->policy.file, 64 * 1024 * 1024);
     if (!policy_text) {
       problems.push_back({{config->policy.file, 1, 1}, "", policy_text.error().doing, ""});
-    } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file); !policy) {
+    } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file, load_options(*config)); !policy) {
       problems.insert(problems.end(), policy.error().begin(), policy.error().end());
     } else {
       for (const auto& w : policy->warnings()) std::cerr << "warning: " << w.text() << "\n";

@@ -6,6 +6,7 @@
 #include "base/unique_fd.h"
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 namespace postern::sshd {
@@ -22,7 +23,7 @@ struct ConnectionFacts {
   static constexpr std::uint32_t expected_magic = 0x50535446;  // "PSTF"
   std::uint32_t magic = expected_magic;
   std::uint32_t size = 0;      ///< sizeof(ConnectionFacts) of the writer
-  std::uint16_t version = 1;   ///< of this layout; a reader takes its own version and the one before
+  std::uint16_t version = 2;   ///< of this layout; a reader takes its own version and the one before
   std::uint16_t spare = 0;
   std::uint64_t policy_version = 0;  ///< counts loads of the policy in the broker that decided
 
@@ -66,9 +67,30 @@ struct ConnectionFacts {
   FixedText<256> pam_confdir;                 ///< pam_start_confdir(3) folder; empty = the system's (tests bring their own stack)
   FixedText<256> sftp_server;                 ///< path of OpenSSH's sftp-server; empty = no sftp
 
+  /// Since version 2: the rules of our own that hold for this connection (auth/policy/session_rules.h, docs/POLICY.md). The defaults change
+  /// nothing, so that facts of version 1 read as facts without rules; a broker for which there are some then sees the difference.
+  struct Rules {
+    static constexpr std::uint32_t no_limit = 0xffffffff;
+    enum class Sftp : std::uint8_t { full = 0, read_only = 1, none = 2 };
+    FixedText<1024> command;  ///< runs instead of what the client asks for; empty: nothing is forced
+    std::uint32_t max_duration_seconds = no_limit;
+    std::uint32_t idle_timeout_seconds = no_limit;
+    std::uint32_t max_sessions = no_limit;  ///< sessions_per_connection holds as well
+    std::uint8_t record_input = 0;
+    Sftp sftp = Sftp::full;
+    std::uint8_t no_pty = 0;
+    std::uint8_t spare = 0;
+
+    bool operator==(const Rules& other) const noexcept;
+    bool valid() const noexcept;
+  } rules;
+
   Id id() const { return Id{connection_id}; }
 };
 static_assert(std::is_trivially_copyable_v<ConnectionFacts>);
+/// Version 1 ended where the rules begin.
+inline constexpr std::size_t facts_version_1_size = 13'176;
+static_assert(offsetof(ConnectionFacts, rules) == facts_version_1_size);
 
 /// A sealed memfd that holds `facts`.
 Expected<UniqueFd> seal_facts(const ConnectionFacts& facts);

@@ -147,3 +147,42 @@ TEST_CASE("a missing file, a directory or a FIFO in its place is a problem, not 
   REQUIRE(::mkfifo(fifo.c_str(), 0600) == 0);
   CHECK(make_static_provider(fifo).error()[0].message == "not a regular file");
 }
+
+TEST_CASE("a node's capabilities and attributes are read", "[auth][identity]") {
+  const auto network = parse_static_nodes(alice + "[node.capabilities]\n\"postern.internal/cap/ssh\" = '[{\"sftp\": \"none\"}]'\n\"example.com/cap/x\" = \"[]\"\n"
+                                                  "[node.attributes]\n\"node:os\" = \"macos\"\n\"custom:level\" = 3\n\"custom:score\" = -1.5\n\"node:tsAutoUpdate\" = true\n"
+                                                  "[[node]]\nname = \"b\"\naddresses = [\"::1\"]\nuser = \"b@b\"\nattributes = {\"custom:a\" = false}\n", "n");
+  REQUIRE(network);
+  const Node& n = network->nodes[0];
+  CHECK(n.capabilities == std::map<std::string, std::string>{{"example.com/cap/x", "[]"}, {"postern.internal/cap/ssh", "[{\"sftp\": \"none\"}]"}});
+  CHECK(n.attributes == std::map<std::string, Attribute>{{"custom:level", 3.0}, {"custom:score", -1.5}, {"node:os", std::string{"macos"}}, {"node:tsAutoUpdate", true}});
+  CHECK(network->nodes[1].attributes == std::map<std::string, Attribute>{{"custom:a", false}});
+  CHECK(network->nodes[1].capabilities.empty());
+}
+
+TEST_CASE("capabilities that are no JSON array, and attributes that are nothing to compare with, are told with their place", "[auth][identity]") {
+  const auto capability = [](const std::string& text) { return problems_of(alice + "[node.capabilities]\n\"a.b/c\" = " + text + "\n"); };
+  const std::string at = "n:6:11: node[0].capabilities[\"a.b/c\"]: ";
+  CHECK(capability("5") == Lines{at + "must be a string, not an integer"});
+  CHECK(capability("[]") == Lines{at + "must be a string, not an array"});
+  CHECK(capability("\"\"") == Lines{at + "is no JSON: wrong at byte 1"});
+  CHECK(capability("'[{]'") == Lines{at + "is no JSON: wrong at byte 3"});
+  CHECK(capability("'[1,]'") == Lines{at + "is no JSON: wrong at byte 4"});
+  CHECK(capability("'[] // x'") == Lines{at + "is no JSON: wrong at byte 4"});
+  CHECK(capability("'{}'") == Lines{at + "must be a JSON array, not object"});
+  CHECK(capability("'[\"" + std::string(70'000, 'x') + "\"]'") == Lines{at + "is too long"});
+  CHECK(capability("'" + std::string(30'000, '[') + std::string(30'000, ']') + "'").empty());  // deep, and a valid array: who reads it has a limit
+  CHECK(problems_of(alice + "[node.capabilities]\na.b/c = \"[]\"\n").size() == 1);
+  CHECK(problems_of(alice + "[node.capabilities]\na.b = \"[]\"\n") == Lines{"n:6:1: node[0].capabilities[\"a\"]: is a table"});
+  CHECK(problems_of(alice + "capabilities = '[]'\n") == Lines{"n:5:16: node[0].capabilities: must be a table, not a string"});
+
+  const auto attribute = [](const std::string& text) { return problems_of(alice + "[node.attributes]\n\"custom:a\" = " + text + "\n"); };
+  const std::string there = "n:6:14: node[0].attributes[\"custom:a\"]: ";
+  CHECK(attribute("[1]") == Lines{there + "must be a string, a number, true or false, not an array"});
+  CHECK(attribute("1979-05-27") == Lines{there + "must be a string, a number, true or false, not a date or time"});
+  CHECK(attribute("nan") == Lines{there + "is not a number that can be compared"});
+  CHECK(attribute("9007199254740993") == Lines{there + "is too large a number"});
+  CHECK(attribute("-9223372036854775808") == Lines{there + "is too large a number"});
+  CHECK(attribute("\"\"") == Lines{there + "must not be empty"});
+  CHECK(problems_of(alice + "attributes = 1\n") == Lines{"n:5:14: node[0].attributes: must be a table, not an integer"});
+}

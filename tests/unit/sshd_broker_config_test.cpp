@@ -64,3 +64,47 @@ TEST_CASE("durations are a number and a unit", "[broker][config]") {
   CHECK(parse_duration("2h") == 2h);
   for (const char* bad : {"", "10", "s", "-1s", "1 s", "1.5s", "10S", "99999999999999999s"}) CHECK_FALSE(parse_duration(bad));
 }
+
+TEST_CASE("session rules of the whole host are read by their names in the settings", "[broker][config]") {
+  const auto c = parse_config(listen + "[session_rules]\ncommand = \"/bin/menu\"\nmax_duration = \"12h\"\nmax_sessions = 2\nsftp = \"read-only\"\npty = false\n"
+                                       "local_forward = [\"db:5432\"]\n", "p.toml");
+  REQUIRE(c);
+  CHECK(c->session_rules.command == "/bin/menu");
+  CHECK(c->session_rules.max_duration == 12h);
+  CHECK_FALSE(c->session_rules.idle_timeout);
+  CHECK(c->session_rules.max_sessions == 2u);
+  CHECK(c->session_rules.sftp == auth::policy::SessionRules::Sftp::read_only);
+  CHECK_FALSE(c->session_rules.pty);
+  CHECK(c->session_rules.local_forward == auth::policy::SessionRules::TargetLists{{"db:5432"}});
+  CHECK(c->session_rules.named == std::vector<std::string>{"localForward"});
+  CHECK(parse_config(listen, "p.toml")->session_rules == auth::policy::SessionRules{});
+}
+
+TEST_CASE("a session rule that is wrong in the settings is named with its place", "[broker][config]") {
+  const auto p = problems_of(listen + "[session_rules]\nmax_duration = 30\nidle_timeout = \"1h30m\"\nmax_sessions = 2.5\nsftp = true\npty = 1979-05-27\nmaxSessions = 5\n"
+                                      "remote_forward = [\"x\", 7]\n");
+  REQUIRE(p.size() == 8);
+  CHECK(p[0] == "p.toml:4:16: session_rules.max_duration: must be a string, not a number");
+  CHECK(p[1].find("p.toml:5:16: session_rules.idle_timeout: \"1h30m\" is not a duration") == 0);
+  CHECK(p[2] == "p.toml:6:16: session_rules.max_sessions: must be a whole number from 0 to 10000");
+  CHECK(p[3] == "p.toml:7:8: session_rules.sftp: must be a string, not true or false");
+  CHECK(p[4] == "p.toml:8:7: session_rules.pty: must be a text, a number, true, false or a list");
+  CHECK(p[5].find("p.toml:9:15: session_rules.maxSessions: is not a setting (settings of [session_rules]: ") == 0);
+  CHECK(p[6].find("p.toml:10:19: session_rules.remote_forward[0]: \"x\" is not a target") == 0);
+  CHECK(p[7] == "p.toml:10:24: session_rules.remote_forward[1]: must be a string, not a number");
+}
+
+TEST_CASE("the capability's name and the network's domains go to the policy", "[broker][config]") {
+  const auto c = parse_config(listen + "[policy]\nsession_capability = \"example.com/cap/ssh\"\ndomains = [\"example.com\", \"github\"]\n", "p.toml");
+  REQUIRE(c);
+  CHECK(load_options(*c).session_capability == "example.com/cap/ssh");
+  CHECK(load_options(*c).domains == std::vector<std::string>{"example.com", "github"});
+  const auto plain = parse_config(listen, "p.toml");
+  CHECK(load_options(*plain).session_capability == "postern.internal/cap/ssh");
+  CHECK(load_options(*plain).domains.empty());
+  for (const char* bad : {"session_capability = \"\"", "session_capability = \"ssh\"", "session_capability = \"a b/c\"", "domains = \"example.com\"",
+                          "domains = [\"\"]", "domains = [\"a@example.com\"]", "domains = [\".example.com\"]", "domains = [5]"}) {
+    INFO(bad);
+    CHECK(problems_of(listen + "[policy]\n" + bad + "\n").size() == 1);
+  }
+}

@@ -1,0 +1,40 @@
+#include "sshd/broker/session_rules.h"
+
+#include <algorithm>
+#include <cerrno>
+
+namespace postern::sshd::broker {
+
+namespace policy = auth::policy;
+
+Expected<policy::SessionRules> effective_rules(const policy::SessionRules& granted, const Node& source, const Config& config) {
+  policy::SessionRules rules = policy::stricter(granted, config.session_rules);
+  const auto capability = source.capabilities.find(config.policy.session_capability);
+  if (capability == source.capabilities.end()) return rules;
+  policy::hujson::Problems problems{"capability"};
+  const auto value = policy::hujson::parse(capability->second, problems);
+  if (value) rules = policy::stricter(std::move(rules), policy::read_session_rules(*value, capability->first, problems));
+  if (!problems.empty()) return Unexpected{Error{EBADMSG, problems.take().front().text()}};
+  return rules;
+}
+
+bool write_rules(const policy::SessionRules& rules, ConnectionFacts::Rules& into) {
+  into = {};
+  if (!into.command.set(rules.command.value_or(""))) return false;
+  const auto seconds = [](const std::optional<std::chrono::seconds>& time) {
+    return time ? static_cast<std::uint32_t>(std::clamp<std::int64_t>(time->count(), 1, ConnectionFacts::Rules::no_limit - 1)) : ConnectionFacts::Rules::no_limit;
+  };
+  into.max_duration_seconds = seconds(rules.max_duration);
+  into.idle_timeout_seconds = seconds(rules.idle_timeout);
+  into.max_sessions = rules.max_sessions.value_or(ConnectionFacts::Rules::no_limit);
+  into.record_input = rules.record_input;
+  switch (rules.sftp) {
+    case policy::SessionRules::Sftp::full: into.sftp = ConnectionFacts::Rules::Sftp::full; break;
+    case policy::SessionRules::Sftp::read_only: into.sftp = ConnectionFacts::Rules::Sftp::read_only; break;
+    case policy::SessionRules::Sftp::none: into.sftp = ConnectionFacts::Rules::Sftp::none; break;
+  }
+  into.no_pty = !rules.pty;
+  return true;
+}
+
+}  // namespace postern::sshd::broker
