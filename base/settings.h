@@ -2,6 +2,7 @@
 
 #include "base/address.h"
 #include "base/expected.h"
+#include "base/file.h"
 #include "base/node.h"
 
 #include <chrono>
@@ -20,9 +21,6 @@ namespace postern {
 std::optional<std::chrono::milliseconds> parse_duration(std::string_view text);
 /// "512B", "64KiB", "4MiB", "1GiB", "2TiB", at most 2^53 bytes. Nothing else.
 std::optional<std::uint64_t> parse_size(std::string_view text);
-
-/// A whole file of at most `largest` bytes. Errors: errno, EFBIG.
-Expected<std::string> read_whole_file(const std::string& path, std::size_t largest);
 
 /// Reads a daemon's settings (TOML 1.0): strict, and everything that is wrong is told at once, with its place.
 ///
