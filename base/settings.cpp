@@ -1,32 +1,11 @@
 #include "base/settings.h"
 
-#include "base/unique_fd.h"
-
 #include <toml++/toml.h>
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <set>
 
 namespace postern {
-
-Expected<std::string> read_whole_file(const std::string& path, std::size_t largest) {
-  const UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (!fd) return Unexpected{system_error("open " + path)};
-  std::string out;
-  char buffer[65536];
-  for (;;) {
-    const ssize_t n = ::read(fd.get(), buffer, sizeof buffer);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return Unexpected{system_error("read " + path)};
-    if (n == 0) return out;
-    if (out.size() + static_cast<std::size_t>(n) > largest) return Unexpected{system_error("read " + path, EFBIG)};
-    out.append(buffer, static_cast<std::size_t>(n));
-  }
-}
 
 namespace {
 

@@ -2,6 +2,7 @@
 
 #include "base/address.h"
 #include "base/expected.h"
+#include "base/file.h"
 #include "base/node.h"
 #include "base/units.h"
 
@@ -26,9 +27,6 @@ struct SettingsValue {
   std::string text;  ///< a text, or a number as it would be written
   std::vector<SettingsValue> items;
 };
-
-/// A whole file of at most `largest` bytes. Errors: errno, EFBIG.
-Expected<std::string> read_whole_file(const std::string& path, std::size_t largest);
 
 /// Reads a daemon's settings (TOML 1.0): strict, and everything that is wrong is told at once, with its place.
 ///

@@ -17,6 +17,7 @@ using Exit = CLI::RuntimeError;
 
 // One file a command: its options, and what it does, as the subcommand's callback.
 void add_play(CLI::App& app);
+void add_policy(CLI::App& app, const Globals& globals);
 void add_recordings(CLI::App& app);
 void add_sessions(CLI::App& app, const Globals& globals);
 

@@ -1,4 +1,4 @@
-// postern: the command for people. Replays and lists recordings, lists and ends sessions.
+// postern: the command for people. Replays and lists recordings, lists and ends sessions, tries policies on paper.
 //
 // Runs as whoever calls it and has no rights of its own: what it may see and do is decided by the sockets and recorders it asks.
 
@@ -8,13 +8,14 @@
 
 int main(int argc, char* argv[]) {
   using namespace postern::cli;
-  CLI::App app{"Postern: look at sessions and recordings"};
+  CLI::App app{"Postern: look at sessions and recordings, and try policies on paper"};
   app.set_version_flag("--version", "postern " POSTERN_VERSION);
   app.require_subcommand(1);
   Globals globals;
   app.add_option("--control", globals.control, "posternd's control socket")->envname("POSTERN_CONTROL")->capture_default_str();
 
   add_play(app);
+  add_policy(app, globals);
   add_recordings(app);
   add_sessions(app, globals);
 

@@ -1,18 +1,9 @@
 // postern sessions ls|kill, postern status: talks to posternd's control socket (root, or the user that runs posternd).
 #include "cli/command.h"
-
-#include "base/expected.h"
-#include "base/unique_fd.h"
+#include "cli/control.h"
 
 #include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
 #include <ctime>
 #include <iomanip>
 #include <iostream>
@@ -21,34 +12,6 @@ namespace postern::cli {
 namespace {
 
 using json = nlohmann::json;
-
-constexpr std::size_t largest_answer = 64 * 1024 * 1024;
-
-// One request, one line of answer. Errors: the socket's (errno), or what posternd answered.
-Expected<json> ask(const std::string& path, const json& request) {
-  const UniqueFd fd{::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)};
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof address.sun_path) return Unexpected{system_error("connect to " + path, ENAMETOOLONG)};
-  std::memcpy(address.sun_path, path.data(), path.size());
-  if (!fd || ::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
-    return Unexpected{system_error("connect to " + path + " (is posternd running, and are you root?)")};
-  const std::string line = request.dump() + "\n";
-  if (::send(fd.get(), line.data(), line.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(line.size()))
-    return Unexpected{system_error("ask posternd")};
-  std::string answer;
-  char buffer[16384];
-  while (answer.find('\n') == std::string::npos && answer.size() < largest_answer) {
-    const ssize_t n = ::read(fd.get(), buffer, sizeof buffer);
-    if (n < 0 && errno == EINTR) continue;
-    if (n <= 0) return Unexpected{Error{EPROTO, "posternd closed the connection without an answer"}};
-    answer.append(buffer, static_cast<std::size_t>(n));
-  }
-  json parsed = json::parse(answer, nullptr, false);
-  if (!parsed.is_object()) return Unexpected{Error{EPROTO, "posternd's answer is not understood"}};
-  if (parsed.contains("error")) return Unexpected{Error{EINVAL, parsed["error"].get<std::string>()}};
-  return parsed;
-}
 
 std::string since(std::int64_t when) {
   const auto seconds = static_cast<std::int64_t>(std::time(nullptr)) - when;

@@ -7,9 +7,7 @@
 #include <unordered_map>
 
 namespace postern::auth::policy::hujson {
-namespace {
 
-/// Length of the UTF-8 sequence at the front of `text`, 0 when it is none (RFC 3629 section 4).
 std::size_t sequence_length(std::string_view text) noexcept {
   const auto at = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
   const unsigned char first = at(0);
@@ -34,6 +32,8 @@ std::size_t sequence_length(std::string_view text) noexcept {
     if (at(i) < 0x80 || at(i) > 0xbf) return 0;
   return length;
 }
+
+namespace {
 
 void append_utf8(std::string& out, std::uint32_t c) {
   if (c < 0x80) {

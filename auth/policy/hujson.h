@@ -69,6 +69,9 @@ class Problems {
 /// so that is one problem. Equal names in an object are problems too, but reading goes on after them (the first one stays).
 std::optional<Value> parse(std::string_view text, Problems& problems);
 
+/// Length of the UTF-8 sequence at the front of `text` (which is not empty), 0 when it is none (RFC 3629 section 4).
+std::size_t sequence_length(std::string_view text) noexcept;
+
 /// Where `text` stops to be UTF-8 (RFC 3629: no overlong forms, surrogates, or values over U+10FFFF); npos when it is all UTF-8.
 std::size_t find_invalid_utf8(std::string_view text) noexcept;
 

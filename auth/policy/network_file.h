@@ -1,0 +1,36 @@
+#pragma once
+
+#include "base/expected.h"
+#include "base/node.h"
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+// A network on paper: what a policy is tried on (`postern policy … --network FILE`), and what posternd answers for `--network live`.
+//
+//     {
+//       "tailnet": "alice@example.com",                       // optional; or "example.com"
+//       "users": [{"id": 1, "name": "alice", "email": "alice@example.com"}],
+//       "nodes": {
+//         "alice-laptop": {"ipv4": "100.64.0.1", "ipv6": "fd7a::1", "tags": [], "user": "alice"},
+//         "server":       {"addresses": ["100.64.0.2"], "tags": ["tag:server"], "attributes": {"node:os": "linux"}}
+//       }
+//     }
+//
+// It is HuJSON, and the form of the corpus in tests/data/policy. Members that are not named here say nothing to us and are left
+// alone, so a whole case of the corpus is a network file, too.
+namespace postern::auth::policy {
+
+struct NetworkFile {
+  Network network;                   ///< nodes in the file's order
+  std::vector<std::string> domains;  ///< what user:*@… and localpart:*@… may name (LoadOptions::domains); empty: not known
+};
+
+/// All problems at once, with their places in `file_name`.
+Expected<NetworkFile, std::vector<Problem>> read_network(std::string_view text, std::string file_name);
+
+/// `network` in that form, in one line. Its users get no id, and there is no tailnet: a provider does not know whose network it is.
+std::string network_text(const Network& network);
+
+}  // namespace postern::auth::policy
