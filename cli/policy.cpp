@@ -7,6 +7,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <iostream>
 #include <system_error>
@@ -14,8 +15,6 @@
 namespace postern::cli {
 namespace policy {
 namespace {
-
-constexpr const char* live = "live";
 
 [[noreturn]] void refuse(const std::vector<Problem>& problems, std::string_view text) {
   std::cerr << report(problems, Severity::error, text);
@@ -54,6 +53,10 @@ Expected<Source, Problem> read_network_source(const std::string& where, const Gl
   return Source{"--network live", std::move(*answer)};
 }
 
+void use_stdin_once(std::initializer_list<std::string> files) {
+  if (std::count(files.begin(), files.end(), "-") > 1) throw CLI::ValidationError("-", "standard input can be one file only");
+}
+
 std::string report(const std::vector<Problem>& problems, Severity severity, std::string_view text) {
   const Lines lines{text};
   std::string all;
@@ -80,7 +83,6 @@ NetworkFile load_network(const Inputs& inputs, const Globals& globals) {
 }
 
 Policy load_policy(const std::string& path, const Inputs& inputs, const NetworkFile& network) {
-  if (path == "-" && inputs.network == "-") throw CLI::ValidationError("--network", "standard input is the policy already");
   const Source source = take_or_refuse(read_source(path));
   return take_or_refuse(Policy::load(source.text, source.name, inputs.load_options(network)), source);
 }

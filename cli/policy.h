@@ -8,6 +8,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -27,10 +28,15 @@ struct Source {
 };
 /// Reads `path` ("-": standard input), at most as much as a policy may have.
 Expected<Source, Problem> read_source(const std::string& path);
+/// Wrong usage (exit 2) when more than one of them is "-".
+void use_stdin_once(std::initializer_list<std::string> files);
 /// `where`: a file, "-", or "live": what posternd's identity provider knows.
 Expected<Source, Problem> read_network_source(const std::string& where, const Globals& globals);
 
 std::string report(const std::vector<Problem>& problems, Severity severity, std::string_view text);
+
+/// Stands for a network file in --network.
+inline constexpr std::string_view live = "live";
 
 /// What a policy is judged with.
 struct Inputs {

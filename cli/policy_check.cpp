@@ -23,7 +23,7 @@ struct Finding {
 
 struct Result {
   std::vector<Finding> findings;
-  std::size_t rules = 0, tests = 0;
+  std::size_t rules = 0, tests_passed = 0;
   bool judged = false;  ///< the policy file was there
 
   std::size_t count(Severity severity) const {
@@ -70,7 +70,10 @@ void print(const Result& result, const std::string& name) {
   const std::size_t errors = result.count(Severity::error), warnings = result.count(Severity::warning);
   std::cout << printable(name) << ": ";
   if (errors == 0) {
-    std::cout << "fine, " << counted(result.rules, "ssh rule") << ", " << (result.tests == 0 ? "no tests" : counted(result.tests, "test") + " passed");
+    const std::size_t left_out = result.count(Severity::note);
+    std::cout << "fine, " << counted(result.rules, "ssh rule") << ", "
+              << (result.tests_passed + left_out == 0 ? "no tests" : counted(result.tests_passed, "test") + " passed")
+              << (left_out == 0 ? "" : ", " + std::to_string(left_out) + " left out");
   } else {
     std::cout << "refused, " << counted(errors, "error");
   }
@@ -99,17 +102,23 @@ void judge(const Source& source, const Inputs& inputs, const std::optional<Netwo
   const auto policy = Policy::load(source.text, source.name, inputs.load_options(network.value_or(NetworkFile{})));
   if (!policy) return result.add(Severity::error, policy.error(), source.text);
   result.rules = rules_of(*policy);
-  result.tests = policy->test_count();
   const auto first = static_cast<std::ptrdiff_t>(result.findings.size());
   result.add(Severity::warning, policy->warnings(), source.text);
-  if (may_test) result.add(Severity::error, policy->run_tests(network ? network->network : policy->imagined_network()), source.text);
+  if (may_test) {
+    // posternd may see a part of the network only, and an imagined one has no given addresses.
+    const bool whole = network && inputs.network != live;
+    const auto tests = policy->run_tests(network ? network->network : policy->imagined_network(), whole);
+    result.tests_passed = tests.passed;
+    result.add(Severity::error, tests.failed, source.text);
+    result.add(Severity::note, tests.left_out, source.text);
+  }
   std::stable_sort(result.findings.begin() + first, result.findings.end(), [](const Finding& a, const Finding& b) {
     return std::pair{a.problem.place.line, a.problem.place.column} < std::pair{b.problem.place.line, b.problem.place.column};
   });
 }
 
 void check(const Options& options, const Globals& globals) {
-  if (options.file == "-" && options.inputs.network == "-") throw CLI::ValidationError("--network", "standard input is the policy already");
+  use_stdin_once({options.file, options.inputs.network});
   Result result;
   Source network_source, source{options.file, {}};
   const auto network = network_for(options.inputs, globals, network_source, result);
@@ -121,8 +130,9 @@ void check(const Options& options, const Globals& globals) {
   }
   const bool fine = result.count(Severity::error) == 0;
   if (options.inputs.json)
-    print_json({{"file", source.name}, {"fine", fine}, {"ssh_rules", result.rules}, {"tests", result.tests},
-                {"errors", json_of(result, Severity::error)}, {"warnings", json_of(result, Severity::warning)}});
+    print_json({{"file", source.name}, {"fine", fine}, {"ssh_rules", result.rules}, {"tests_passed", result.tests_passed},
+                {"errors", json_of(result, Severity::error)}, {"warnings", json_of(result, Severity::warning)},
+                {"tests_left_out", json_of(result, Severity::note)}});
   else
     print(result, source.name);
   finish_output();

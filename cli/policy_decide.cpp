@@ -105,6 +105,7 @@ void print_verdict(const Explanation& explanation, const Login& login, bool requ
 }
 
 void answer(const Options& options, const Globals& globals, bool with_rules) {
+  use_stdin_once({options.policy, options.inputs.network});
   const NetworkFile network = load_network(options.inputs, globals);
   const Policy policy = load_policy(options.policy, options.inputs, network);
   const Login login{find_end(network.network, options.src, "--src"), find_end(network.network, options.dst, "--dst"), options.user, options.uid};

@@ -126,6 +126,7 @@ void add_verdict(OrderedJson& json, const Verdict& verdict) {
 std::string counted(std::size_t n, const char* one, const char* many) { return std::to_string(n) + " " + (n == 1 ? one : many); }
 
 void who(const Options& options, const Globals& globals) {
+  use_stdin_once({options.policy, options.inputs.network});
   const NetworkFile file = load_network(options.inputs, globals);
   const Network& network = file.network;
   const Policy policy = load_policy(options.policy, options.inputs, file);
@@ -168,7 +169,7 @@ std::string diff_text(const Verdict& verdict, const std::string& ssh_user) {
 }
 
 void diff(const Options& options, const Globals& globals) {
-  if (options.policy == "-" && options.new_policy == "-") throw CLI::ValidationError("NEW", "standard input is OLD already");
+  use_stdin_once({options.policy, options.new_policy, options.inputs.network});
   const NetworkFile file = load_network(options.inputs, globals);
   const Network& network = file.network;
   const Policy before = load_policy(options.policy, options.inputs, file);

@@ -150,7 +150,7 @@ std::string with_caret(std::string_view line, unsigned column) {
 std::string report(const Problem& problem, Severity severity, const Lines& lines) {
   const bool placed = problem.place.line != 0;
   std::string out = printable(placed ? problem.place.text() : problem.place.file);
-  out += severity == Severity::error ? ": error: " : ": warning: ";
+  out += severity == Severity::error ? ": error: " : severity == Severity::warning ? ": warning: " : ": note: ";
   if (!problem.field.empty()) out += printable(problem.field) + ": ";
   out += printable(problem.message) + "\n";
   if (const auto line = lines.at(problem.place.line); !line.empty()) out += with_caret(line, problem.place.column);

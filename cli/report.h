@@ -37,7 +37,7 @@ class Lines {
 /// `line` and a caret under the byte at `column` (from 1): two lines with their ends. A long line is cut around the caret.
 std::string with_caret(std::string_view line, unsigned column);
 
-enum class Severity { error, warning };
+enum class Severity { error, warning, note };
 
 /// The whole report of one problem, with line ends. Without a place (line 0) or a line to show there is no caret.
 std::string report(const Problem& problem, Severity severity, const Lines& lines);
