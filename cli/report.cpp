@@ -12,7 +12,7 @@ namespace {
 
 /// Columns of a report that a source line may take.
 constexpr std::size_t widest = 100;
-/// Of these at least so many are left and right of the caret.
+/// Of these so many are right of the caret, if there are.
 constexpr std::size_t context = 30;
 constexpr std::string_view cut_mark = "...";
 /// A tab is shown as blanks, and not by the terminal: its stops differ from an editor's, and the caret has to stand still.
@@ -77,6 +77,34 @@ Cell source_cell_at(std::string_view text) {
 
 bool is_continuation(char c) { return (static_cast<unsigned char>(c) & 0xc0) == 0x80; }
 
+// Lines may have 16 MiB: these two walk no further than they say.
+
+/// Where `columns` of `line` end that begin at `begin`.
+std::size_t end_of_columns(std::string_view line, std::size_t begin, std::size_t columns) {
+  std::size_t at = begin;
+  for (std::size_t used = 0; at < line.size();) {
+    const Cell cell = source_cell_at(line.substr(at));
+    used += cell.columns;
+    if (used > columns) break;
+    at += cell.bytes;
+  }
+  return at;
+}
+
+/// Where `columns` of `line` begin that end at `end`.
+std::size_t begin_of_columns(std::string_view line, std::size_t end, std::size_t columns) {
+  std::size_t at = end;
+  for (std::size_t used = 0; at > 0;) {
+    std::size_t previous = at - 1;
+    while (previous > 0 && at - previous < 4 && is_continuation(line[previous])) previous--;
+    if (source_cell_at(line.substr(previous)).bytes != at - previous) previous = at - 1;  // no UTF-8
+    used += source_cell_at(line.substr(previous)).columns;
+    if (used > columns) break;
+    at = previous;
+  }
+  return at;
+}
+
 }  // namespace
 
 std::string printable(std::string_view text) {
@@ -113,38 +141,19 @@ std::string_view Lines::at(unsigned number) const noexcept {
 
 std::string with_caret(std::string_view line, unsigned column) {
   const std::size_t caret = std::min<std::size_t>(column == 0 ? 0 : column - 1, line.size());
-  // From the caret to the left: as much as leaves room for what follows. A line of 16 MiB is never walked as a whole.
-  std::size_t begin = caret, left = 0;
-  while (begin > 0) {
-    std::size_t previous = begin - 1;
-    while (previous > 0 && begin - previous < 4 && is_continuation(line[previous])) previous--;
-    if (source_cell_at(line.substr(previous)).bytes != begin - previous) previous = begin - 1;  // no UTF-8
-    const Cell cell = source_cell_at(line.substr(previous));
-    if (left + cell.columns > widest - context) break;
-    left += cell.columns;
-    begin = previous;
-  }
-  std::string shown, under;
-  if (begin > 0) {
-    shown = cut_mark;
-    under = std::string(cut_mark.size(), ' ');
-  } else {
-    const auto indent = line.find_first_not_of(" \t");  // says nothing
-    begin = std::min(caret, indent == std::string_view::npos ? 0 : indent);
-  }
-  std::size_t columns = 0;
-  for (std::size_t at = begin; at < line.size();) {
+  const auto text = line.find_first_not_of(" \t");  // indentation says nothing
+  std::size_t begin = std::min(caret, text == std::string_view::npos ? 0 : text);
+  if (end_of_columns(line, begin, widest) < line.size()) begin = std::max(begin, begin_of_columns(line, end_of_columns(line, caret, context), widest));
+  const std::size_t end = end_of_columns(line, begin, widest);
+  const std::string_view cut_before = begin > text ? cut_mark : "", cut_after = end < line.size() ? cut_mark : "";
+  std::string shown{cut_before}, under(cut_before.size(), ' ');
+  for (std::size_t at = begin; at < end;) {
     const Cell cell = source_cell_at(line.substr(at));
-    if (columns + cell.columns > widest) {
-      shown += cut_mark;
-      break;
-    }
     if (at < caret) under.append(cell.columns, ' ');
     shown += cell.text;
-    columns += cell.columns;
     at += cell.bytes;
   }
-  return "    " + shown + "\n    " + under + "^\n";
+  return "    " + shown + std::string{cut_after} + "\n    " + under + "^\n";
 }
 
 std::string report(const Problem& problem, Severity severity, const Lines& lines) {

@@ -67,6 +67,8 @@ TEST_CASE("a long line is cut around the caret", "[cli][report]") {
   CHECK(pointed_at(with_caret(wide + "HERE", 3001)) == "HERE");
   CHECK(pointed_at(with_caret(std::string(1000, '\xff') + "HERE", 1001)) == "HERE");
   CHECK(pointed_at(with_caret(std::string(1000, '\t') + "HERE", 1001)) == "HERE");
+  const std::string just_fits(100, 'x');
+  CHECK(with_caret("\t\t" + just_fits, 102) == "    " + just_fits + "\n    " + std::string(99, ' ') + "^\n");
   CHECK(with_caret(std::string(16 * 1024 * 1024, '['), 101).size() < 300);
 }
 
