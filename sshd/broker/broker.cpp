@@ -104,13 +104,14 @@ Expected<Done> Broker::load_policy(bool first) {
   if (!text) return Unexpected{text.error()};
   auto loaded = auth::policy::Policy::load(*text, config_.policy.file, load_options(config_));
   if (!loaded) {
-    std::string all;
-    for (const auto& p : loaded.error()) {
-      spdlog::error("event=policy_problem problem={}", safe_quoted(p.text(), 1000));
-      all += (all.empty() ? "" : "\n") + p.text();
-    }
-    return Unexpected{Error{EINVAL, all}};
+    for (const auto& p : loaded.error()) spdlog::error("event=policy_problem problem={}", safe_quoted(p.text(), 1000));
+    return Unexpected{Error{EINVAL, text_of(loaded.error())}};
   }
+  // The file's own assertions, on the nodes that are seen here. A new file of which one fails is not taken, as in the real service; at
+  // the start the log says so: without a server nobody could come and mend it (Headscale does the same).
+  const auto tests = loaded->run_tests(provider_->network(), false);
+  for (const auto& p : tests.failed) spdlog::error("event=policy_test_failed problem={}", safe_quoted(p.text(), 1000));
+  if (!tests.failed.empty() && !first) return Unexpected{Error{EINVAL, text_of(tests.failed)}};
   policy_ = std::move(*loaded);
   policy_version_++;
   for (const auto& w : policy_->warnings()) spdlog::warn("event=policy_warning problem={}", safe_quoted(w.text(), 1000));

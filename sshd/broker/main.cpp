@@ -50,7 +50,8 @@ int main(int argc, char** argv) {
   if (!config) return print_problems(config.error());
   if (options.check) {
     std::vector<Problem> problems;
-    if (auto provider = auth::identity::make_static_provider(config->identity.file); !provider) {
+    const auto provider = auth::identity::make_static_provider(config->identity.file);
+    if (!provider) {
       problems = provider.error();
     } else {
       // Of one node, and its logins are denied: the others need not wait for it.
@@ -65,6 +66,7 @@ int main(int argc, char** argv) {
       problems.insert(problems.end(), policy.error().begin(), policy.error().end());
     } else {
       for (const auto& w : policy->warnings()) std::cerr << "warning: " << w.text() << "\n";
+      if (provider) problems = policy->run_tests((*provider)->network(), false).failed;
     }
     if (!problems.empty()) return print_problems(problems);
     std::cout << options.config << ": fine\n";
