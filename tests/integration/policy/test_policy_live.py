@@ -45,6 +45,14 @@ def test_the_live_network_follows_a_reload(broker):
     assert "carol" in policy(broker, "who", "--policy", broker.policy_file, "--network", "live")
 
 
+def test_the_live_network_has_the_domains_of_the_settings(make_stack):
+    stack = make_stack(start=("posternd",), posternd={"policy": {"domains": ["example.com"]}})
+    for domain, code in (("example.com", 0), ("example.org", 1)):
+        path = stack.dir / "other.hujson"
+        path.write_text(json.dumps({"ssh": [{"action": "accept", "src": [f"user:*@{domain}"], "dst": ["autogroup:self"], "users": ["root"]}]}))
+        assert ("is not associated with this Tailnet" in policy(stack, "check", path, "--network", "live", code=code)) == (code == 1)
+
+
 def test_a_live_network_of_thousands_of_nodes_is_answered_whole(make_stack):
     stack = make_stack(start=())
     stack.write_nodes("".join(f'[[node]]\nname = "node-{i}-{"x" * 100}"\naddresses = ["10.9.{i // 250}.{i % 250}", "fd7a::{i + 1:x}"]\nuser = "alice@example.com"\n'
