@@ -74,9 +74,15 @@ class Reader {
       return {};
     }
     const std::string tailnet = text_of(root, "tailnet", "");
+    if (const Value* all = member(root, "domains", "", Kind::array))
+      for (std::size_t i = 0; i < all->items.size(); i++) {
+        if (const Value& item = all->items[i]; item.kind == Kind::string) out_.domains.push_back(item.text);
+        else wrong_kind(item, "domains[" + std::to_string(i) + "]", "a string");
+      }
     users(root);
     nodes(root);
-    if (const std::string domain = tailnet.empty() ? creators_domain_ : domain_of(tailnet); !domain.empty()) out_.domains.push_back(domain);
+    const std::string domain = tailnet.empty() ? creators_domain_ : domain_of(tailnet);
+    if (out_.domains.empty() && !domain.empty()) out_.domains.push_back(domain);
     return std::move(out_);
   }
 
@@ -298,9 +304,10 @@ Expected<NetworkFile, std::vector<Problem>> read_network(std::string_view text, 
   return file;
 }
 
-std::string network_text(const Network& network) {
-  return "{\"users\":[" + list_of(network.users, [](const std::string& login) { return "{\"name\":" + json_string(login) + ",\"email\":" + json_string(login) + "}"; }) +
-         "],\"nodes\":{" + list_of(network.nodes, node_text) + "}}";
+std::string network_text(const Network& network, const std::vector<std::string>& domains) {
+  const auto user = [](const std::string& login) { return "{\"name\":" + json_string(login) + ",\"email\":" + json_string(login) + "}"; };
+  return "{\"domains\":[" + list_of(domains, json_string) + "],\"users\":[" + list_of(network.users, user) + "],\"nodes\":{" +
+         list_of(network.nodes, node_text) + "}}";
 }
 
 }  // namespace postern::auth::policy

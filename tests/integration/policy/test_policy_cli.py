@@ -148,7 +148,7 @@ def test_a_difference_is_the_difference_of_who_gets_in(policy_file, seed):
     text = postern("diff", old, new, "--network", network, *flags(user=names))
     assert sorted(line[0] for line in text.out.splitlines()) == sorted({"gained": "+", "lost": "-", "changed": "~"}[line["change"]] for line in difference)
     if difference:
-        assert text.err == f"{len(by_kind('gained'))} gained, {len(by_kind('lost'))} lost, {len(by_kind('changed'))} changed\n"
+        assert text.err.startswith(f"{len(by_kind('gained'))} gained, {len(by_kind('lost'))} lost, {len(by_kind('changed'))} changed\n")
 
 
 def test_without_names_a_difference_takes_those_of_both_policies(policy_file):
@@ -286,6 +286,12 @@ def test_a_difference_tells_what_changes_for_whom(policy_file, ours):
     assert changed == {"change": "changed", "src": "laptop", "dst": "server", "ssh_user": "deploy",
                        "old": {"verdict": "accept", "local_user": "deploy", "accept_env": ["GIT_*", "LANG"], "recorder_tag": "tag:recorder", "enforce_recorder": True},
                        "new": {"verdict": "accept", "local_user": "deploy", "recorder_tag": "tag:recorder", "enforce_recorder": False}}
+
+
+def test_another_check_period_is_told_though_the_logins_stay(policy_file, ours):
+    rule = lambda period: policy_file({**POLICY, "ssh": [{"action": "check", "src": ["alice@example.com"], "dst": ["tag:server"], "users": ["root"], "checkPeriod": period}]}, period)
+    difference = postern("diff", rule("1h"), rule("2h"), *ours[2:])
+    assert (difference.out, difference.err) == ("", "postern policy diff: 1 login that stays has another check period\n")
 
 
 def test_with_network_rules_a_difference_shows_what_a_grant_opens(policy_file, ours):
