@@ -26,4 +26,37 @@ std::string_view problem_of_login(std::string_view login) noexcept {
   return {};
 }
 
+void Network::index() {
+  by_address_.clear();
+  by_tag_.clear();
+  for (std::size_t i = 0; i < nodes.size(); i++) {
+    for (const auto& address : nodes[i].addresses) by_address_.emplace(address, i);
+    for (const auto& tag : nodes[i].tags) by_tag_[tag].push_back(i);
+  }
+  indexed_ = nodes.size();
+}
+
+const Node* Network::find(const Address& address) const noexcept {
+  const auto has = [&](const Node& n) { return std::find(n.addresses.begin(), n.addresses.end(), address) != n.addresses.end(); };
+  if (indexed_ == nodes.size()) {
+    const auto it = by_address_.find(address);
+    return it == by_address_.end() || !has(nodes[it->second]) ? nullptr : &nodes[it->second];
+  }
+  const auto it = std::find_if(nodes.begin(), nodes.end(), has);
+  return it == nodes.end() ? nullptr : &*it;
+}
+
+std::vector<const Node*> Network::with_tag(std::string_view tag) const {
+  std::vector<const Node*> out;
+  const auto take = [&](const Node& n) {
+    if (std::find(n.tags.begin(), n.tags.end(), tag) != n.tags.end()) out.push_back(&n);
+  };
+  if (indexed_ != nodes.size()) {
+    for (const Node& n : nodes) take(n);
+  } else if (const auto it = by_tag_.find(tag); it != by_tag_.end()) {
+    for (const std::size_t i : it->second) take(nodes[i]);
+  }
+  return out;
+}
+
 }  // namespace postern

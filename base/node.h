@@ -2,6 +2,7 @@
 
 #include "base/address.h"
 
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -35,17 +36,25 @@ std::string_view problem_of_tag(std::string_view tag) noexcept;
 std::string_view problem_of_login(std::string_view login) noexcept;
 
 /// What the provider knows of the network: needed to expand tags, autogroups and host names of a policy.
-struct Network {
-  std::vector<Node> nodes;
-  std::vector<std::string> users = {};  ///< logins that exist, also those without a node
+class Network {
+ public:
+  Network() = default;
+  Network(std::vector<Node> all, std::vector<std::string> logins = {}) : nodes{std::move(all)}, users{std::move(logins)} { index(); }
 
+  std::vector<Node> nodes;
+  std::vector<std::string> users;  ///< logins that exist, also those without a node
+
+  /// Makes find() and with_tag() quick. To be called when `nodes` are complete; where they have another number now, all are looked at.
+  void index();
   /// The node that has this address, or nullptr.
-  const Node* find(const Address& address) const noexcept {
-    for (const auto& n : nodes)
-      for (const auto& a : n.addresses)
-        if (a == address) return &n;
-    return nullptr;
-  }
+  const Node* find(const Address& address) const noexcept;
+  /// The nodes that carry this tag, in the order of `nodes`.
+  std::vector<const Node*> with_tag(std::string_view tag) const;
+
+ private:
+  std::size_t indexed_ = 0;  ///< nodes, when index() was called
+  std::map<Address, std::size_t> by_address_;
+  std::map<std::string, std::vector<std::size_t>, std::less<>> by_tag_;
 };
 
 /// A place in a file that a person wrote. Lines and columns count from 1; columns count bytes.

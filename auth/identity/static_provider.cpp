@@ -107,7 +107,10 @@ class Reader {
     });
     return std::move(problems_);
   }
-  Network network() { return std::move(network_); }
+  Network network() {
+    network_.index();
+    return std::move(network_);
+  }
   bool failed() const { return !problems_.empty(); }
 
  private:
@@ -309,9 +312,8 @@ class StaticProvider final : public Provider {
   explicit StaticProvider(std::string file) : file_{std::move(file)} {}
 
   void who_is(const Address& peer, Answer answer) override {
-    const auto it = by_address_.find(peer);
-    if (it == by_address_.end()) return answer(std::optional<Node>{});
-    answer(std::optional<Node>{network_.nodes[it->second]});
+    const Node* node = network_.find(peer);
+    answer(node == nullptr ? std::nullopt : std::optional{*node});
   }
 
   const Network& network() const override { return network_; }
@@ -322,16 +324,12 @@ class StaticProvider final : public Provider {
     auto read = parse_static_nodes(*text, file_);
     if (!read) return Unexpected{std::move(read.error())};
     network_ = std::move(*read);
-    by_address_.clear();
-    for (std::size_t i = 0; i < network_.nodes.size(); i++)
-      for (const Address& address : network_.nodes[i].addresses) by_address_.emplace(address, i);
     return Done{};
   }
 
  private:
   std::string file_;
   Network network_;
-  std::map<Address, std::size_t> by_address_;
 };
 
 }  // namespace

@@ -300,6 +300,7 @@ Expected<NetworkFile, std::vector<Problem>> read_network(std::string_view text, 
   if (!root) return Unexpected{problems.take()};
   NetworkFile file = Reader{problems}.read(*root);
   if (!problems.empty()) return Unexpected{problems.take()};
+  file.network.index();
   return file;
 }
 

@@ -223,10 +223,8 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
   verdict.recorder_tag = rule.recorder_tag;
   verdict.enforce_recorder = rule.enforce_recorder;
   std::vector<std::pair<Address, const Node*>> recorders;
-  for (const Node& node : network.nodes) {
-    if (node.addresses.empty() || std::find(node.tags.begin(), node.tags.end(), rule.recorder_tag) == node.tags.end()) continue;
-    recorders.emplace_back(*std::min_element(node.addresses.begin(), node.addresses.end()), &node);
-  }
+  for (const Node* node : network.with_tag(rule.recorder_tag))
+    if (!node->addresses.empty()) recorders.emplace_back(*std::min_element(node->addresses.begin(), node->addresses.end()), node);
   std::sort(recorders.begin(), recorders.end(),
             [](const auto& a, const auto& b) { return a.first != b.first ? a.first < b.first : a.second->id < b.second->id; });
   for (const auto& [lowest, node] : recorders) verdict.recorders.push_back(*node);

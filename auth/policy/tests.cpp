@@ -358,6 +358,7 @@ Network Policy::imagined_network() const {
   std::set<std::string> tags;
   for (const auto& [tag, defined] : c.tags) tags.insert(tag);
   for (const auto& tag : tags) out.nodes.push_back({.id = tag, .name = tag, .addresses = {address()}, .login = {}, .tags = {tag}});
+  out.index();
   return out;
 }
 

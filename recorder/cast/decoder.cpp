@@ -41,6 +41,7 @@ std::optional<Header> parse_header(std::string_view line) {
   h.kind = text_of(json, "kind");
   if (h.kind.empty()) h.kind = "session";
   h.command = text_of(json, "command");
+  h.original_command = text_of(json, "originalCommand");
   h.subsystem = text_of(json, "subsystem");
   h.src_node = text_of(json, "srcNode");
   h.src_node_id = text_of(json, "srcNodeID");
@@ -124,7 +125,7 @@ void Decoder::line(std::string_view text) {
     const bool named = t.size() >= 2 && (t[0] == 'o' || t[0] == 'e' || t[0] == 'i') && t[1] == ' ';
     auto exact = named ? parse_base64(std::string_view{t}.substr(2)) : std::nullopt;
     if (!exact)
-      problem("exact bytes that are not \"<o|e> <base64>\"");
+      problem("exact bytes that are not \"<o|e|i> <base64>\"");
     else
       exact_[t[0]] = std::move(*exact);
     return;

@@ -44,6 +44,7 @@ std::string encode_header(const Header& header) {
     if (!value.empty()) append_member(name, value, out);
   };
   text("command", header.command);
+  text("originalCommand", header.original_command);
   if (!header.term.empty()) {
     out += ",\"env\":{\"TERM\":\"";
     append_lossy_text(header.term, out);

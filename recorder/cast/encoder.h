@@ -20,6 +20,7 @@ struct Header {
   std::string connection_id;
   std::string kind = "session";           ///< session | connection (forwards)
   std::string command;                    ///< raw text as typed; empty for a shell
+  std::string original_command;           ///< as typed, where a rule forced `command` in its place
   std::string subsystem;
   std::string src_node, src_node_id, src_address;
   std::string src_user;                   ///< login; empty for tagged nodes
@@ -35,8 +36,8 @@ std::string encode_header(const Header& header);
 
 /// Turns what a program writes into asciicast v2 event lines. Encoded once; from here on the bytes are opaque.
 ///
-/// Exact bytes: text in "o" (stdout, pty) or "e" (stderr). Where the bytes of a read are not plain UTF-8 text,
-/// `[t,"b","<o|e> <base64>"]` stands just before and gives the exact bytes in place of the next event of that stream, which shows
+/// Exact bytes: text in "o" (stdout, pty) or "e" (stderr), and what was typed in "i". Where the bytes of a read are not plain UTF-8 text,
+/// `[t,"b","<o|e|i> <base64>"]` stands just before and gives the exact bytes in place of the next event of that stream, which shows
 /// them as well as it can. A character cut by a read: `b` + an empty event, then `b` + an event with the whole character; a read
 /// with over 1/8 of invalid bytes shows one U+FFFD a run. No byte waits: every call appends at least one event for its bytes.
 /// Times: seconds with 6 decimals since `start`, never backwards. Pure: the clock is an argument (CLOCK_BOOTTIME, nanoseconds).

@@ -68,7 +68,7 @@ void SessionChannel::send_replies() {
 
 int SessionChannel::on_data(ssh_session, ssh_channel, void* data, std::uint32_t length, int is_error, void* self) {
   auto& channel = *static_cast<SessionChannel*>(self);
-  channel.touched_ = true;
+  channel.touched_ = channel.moved_ = true;
   if (is_error != 0) return static_cast<int>(length);  // a client has no stderr to send
   return static_cast<int>(channel.take(static_cast<const char*>(data), length));
 }
@@ -172,6 +172,7 @@ void SessionChannel::send_or_keep(const char* bytes, std::size_t size, bool erro
     if (n < 0) return;  // the channel or the connection is closed: nobody is there to see the rest
     if (n == 0) break;
     sent += static_cast<std::size_t>(n);
+    moved_ = true;
   }
   if (sent < size) rests_.push_back({error, std::string{bytes + sent, size - sent}});
 }

@@ -11,6 +11,7 @@
 #include <deque>
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace postern::sshd::net {
 
@@ -60,6 +61,8 @@ class SessionChannel {
   /// Every byte, the exit status and our CLOSE are out (or the client closed): the program's descriptors are closed.
   bool finished() const { return finished_; }
   bool client_closed() const { return client_closed_; }
+  /// Did bytes of this channel come from the client or go to it since the last call?
+  bool take_moved() { return std::exchange(moved_, false); }
   void abandon();  ///< the client closed the channel: writes what is there, closes the descriptors, answers CLOSE
 
  private:
@@ -106,6 +109,7 @@ class SessionChannel {
   std::string pending_input_;    ///< read from libssh, not yet written
   std::deque<Rest> rests_;       ///< read from the program, not yet taken by libssh (a key exchange runs)
   std::optional<channel::Exited> exited_;
+  bool moved_ = false;
   bool touched_ = false;         ///< a callback noted something since the last turn
   bool client_eof_ = false;
   bool client_closed_ = false;

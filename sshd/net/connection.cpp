@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 namespace postern::sshd::net {
 namespace {
@@ -379,6 +380,12 @@ void Connection::on_session_message(Message message) {
       if (SessionChannel* const target = find(text->channel)) target->show(std::string{text->text.get()}, false);
       return;
     }
+    case Type::watch_activity: {
+      const auto watch = message.body<channel::WatchActivity>();
+      if (!watch || watch->interval_ms == 0) return broken();
+      report_interval_ = std::chrono::milliseconds{watch->interval_ms};
+      return;
+    }
     case Type::disconnect: {
       const auto text = message.body<channel::Disconnect>();
       if (!text) return broken();
@@ -522,12 +529,14 @@ void Connection::serve_channels() {
   const bool alone = channels_.size() == 1;
   // libssh may handle packets for one channel while it writes for another: a second look, at most three times, so that nobody starves.
   bool again = true;
+  bool moved = false;
   for (int round = 0; again && round < 4; round++) {
     again = false;
     for (auto& [number, channel] : channels_)
       if (round == 0 || channel->needs_turn()) channel->turn(alone);
     for (auto it = channels_.begin(); it != channels_.end();) {
       SessionChannel& channel = *it->second;
+      moved = channel.take_moved() || moved;
       if (channel.finished()) {
         if (limits_.erase(channel.number()) != 0) link_->send(wire(channel::Type::closed), channel::ChannelRef{channel.number()});
         if (channel.client_closed()) {
@@ -540,7 +549,20 @@ void Connection::serve_channels() {
     }
   }
   for (auto& [number, channel] : channels_) channel->update_watches();
+  if (moved && report_interval_.count() > 0) report_activity();
   if (again) poller_.after(std::chrono::milliseconds{0}, [] {});  // the rest in the next turn, at once
+}
+
+void Connection::report_activity() {
+  if (report_timer_ != 0) {
+    unreported_ = true;
+    return;
+  }
+  link_->send(wire(channel::Type::activity), channel::Activity{});
+  report_timer_ = poller_.after(report_interval_, [this] {
+    report_timer_ = 0;
+    if (std::exchange(unreported_, false)) report_activity();
+  });
 }
 
 // ---------------------------------------------------------------- the end

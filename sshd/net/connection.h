@@ -67,6 +67,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   SessionChannel* find(std::uint32_t number);
   SessionChannel* find(ssh_channel handle);
   void serve_channels();
+  void report_activity();
   void update_watches();
   bool client_gone() const;
   /// Says goodbye (SSH_MSG_DISCONNECT), sends what is queued for at most `limit`, and ends run().
@@ -101,6 +102,9 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   };
   std::map<std::uint32_t, Limits> limits_;
   std::uint32_t next_number_ = 0;
+  std::chrono::milliseconds report_interval_{0};  ///< 0: nobody asked whether bytes move
+  Poller::TimerId report_timer_ = 0;
+  bool unreported_ = false;
   bool command_started_ = false;  ///< from here on delayed ACKs are welcome
   bool done_ = false;
 };

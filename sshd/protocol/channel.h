@@ -31,6 +31,7 @@ enum class Type : std::uint16_t {
   send_break = 7,     ///< ChannelRef (answered)
   closed = 8,         ///< ChannelRef: the client closed the channel (or net did, after exited was sent)
   ask_sign = 9,       ///< net::AskSign, for a rekey: session forwards it to the broker; answered by signature
+  activity = 10,      ///< Activity: bytes moved on a session channel since the last one; only when watch_activity asked for it
 
   // session -> net
   answer_ok = 20,    ///< Answer
@@ -40,6 +41,7 @@ enum class Type : std::uint16_t {
   signature = 24,    ///< net::Signature
   disconnect = 25,   ///< Disconnect: show the text on every open session channel's stderr, then SSH_MSG_DISCONNECT and exit
   message = 26,      ///< ChannelMessage: a line for the user on that channel's stderr (pty: stdout), before anything else
+  watch_activity = 27,  ///< WatchActivity: from now on, tell when bytes move
 };
 
 struct ChannelRef {
@@ -95,6 +97,14 @@ struct Exited {
 };
 struct Disconnect {
   FixedText<1024> text;
+};
+/// Of an unrecorded session the program's own descriptors are net's, so net alone sees bytes move. It can lie: to keep its own connection,
+/// which its client could do by typing, or to end it.
+struct WatchActivity {
+  std::uint32_t interval_ms = 0;  ///< report the first byte at once, then at most once in so long
+};
+struct Activity {
+  std::uint32_t spare = 0;
 };
 struct ChannelMessage {
   std::uint32_t channel = 0;

@@ -14,6 +14,7 @@
 #include <array>
 #include <cerrno>
 #include <ctime>
+#include <utility>
 
 namespace postern::sshd::session {
 namespace {
@@ -84,7 +85,7 @@ std::string_view signal_name(int signal) {
 SessionChannel::SessionChannel(ChannelHost& host, std::uint32_t number) : host_{host}, number_{number} {}
 
 SessionChannel::~SessionChannel() {
-  for (const UniqueFd* fd : {&from_output_, &from_error_, &input_from_net_})
+  for (const UniqueFd* fd : {&from_output_, &from_error_, &input_from_net_, &to_input_})
     if (*fd) host_.poller.forget(fd->get());
   close_terminal();
 }
@@ -97,7 +98,7 @@ void SessionChannel::answer(bool ok) {
 // --- requests -------------------------------------------------------------------------------------------------------------------
 
 bool SessionChannel::pty(const ch::Pty& request) {
-  if (state_ != State::opened || terminal_ || closed_) return false;
+  if (state_ != State::opened || terminal_ || closed_ || host_.facts.rules.no_pty != 0) return false;
   auto terminal = pty::open_terminal(host_.user.uid);
   if (!terminal) {
     spdlog::warn("event=pty_failed channel={} reason=\"{}\"", number_, terminal.error().doing);
@@ -127,13 +128,16 @@ bool SessionChannel::env(std::string_view name, std::string_view value) {
 
 void SessionChannel::start(ch::StartKind kind, std::string_view text) {
   if (state_ != State::opened || closed_ || text.size() > ch::max_command || text.find('\0') != std::string_view::npos) return answer(false);
+  const auto& rules = host_.facts.rules;
   kind_ = kind;
   if (kind == ch::StartKind::exec) command_ = std::string{text};
   if (kind == ch::StartKind::subsystem) {
     // The one that there is: OpenSSH's sftp-server as the user, started like sshd starts an external subsystem (shell -c path).
-    if (text != "sftp" || host_.facts.sftp_server.get().empty()) return answer(false);
-    command_ = std::string{host_.facts.sftp_server.get()};
+    if (text != "sftp" || host_.facts.sftp_server.get().empty() || rules.sftp == ConnectionFacts::Rules::Sftp::none) return answer(false);
+    command_ = std::string{host_.facts.sftp_server.get()} + (rules.sftp == ConnectionFacts::Rules::Sftp::read_only ? " -R" : "");  // sftp-server(8)
   }
+  // In place of all of them, and what would have run is told to it (sshd 9.2, session.c do_exec; of a shell nothing is).
+  if (!rules.command.get().empty()) original_command_ = std::exchange(command_, std::string{rules.command.get()});
   if (host_.facts.record == 0) return spawn();
   state_ = State::waiting;
   begin_recording(kind, text);
@@ -175,6 +179,7 @@ void SessionChannel::begin_recording(ch::StartKind kind, std::string_view text) 
   h.recording_id = recording.text();
   h.connection_id = f.id().text();
   if (kind == ch::StartKind::exec) h.command = text;
+  if (!f.rules.command.get().empty()) h.original_command = std::exchange(h.command, f.rules.command.get());
   if (kind == ch::StartKind::subsystem) h.subsystem = text;
   h.src_node = f.node_name.get();
   h.src_node_id = f.node_id.get();
@@ -241,7 +246,7 @@ void SessionChannel::lose_recorder(std::string_view line) {
   tee_->cut_off(terminal_ ? 'o' : 'e', line);
   stop_reading('o');
   stop_reading('e');
-  input_.clear();
+  close_input();
   if (reaped_) try_report_exit();
 }
 
@@ -283,7 +288,17 @@ bool SessionChannel::make_descriptors(pty::Launch& launch, std::vector<UniqueFd>
   launch.output = out.write.get();
   launch.error = err.write.get();
   started.input = started.output = started.error = 1;
-  give(std::move(in.write));  // input is not recorded: the program's own pipe
+  if (records_input()) {
+    PipeEnds typed;
+    if (!make_pipe(typed)) return false;
+    no_blocking(typed.read.get());
+    no_blocking(in.write.get());
+    input_from_net_ = std::move(typed.read);
+    to_input_ = std::move(in.write);
+    give(std::move(typed.write));
+  } else {
+    give(std::move(in.write));  // the program's own pipe
+  }
   if (!tee_) {
     give(std::move(out.read));
     give(std::move(err.read));
@@ -312,7 +327,7 @@ void SessionChannel::spawn() {
   launch.user = host_.user;
   launch.command = command_;
   launch.environment = make_environment({host_.facts, host_.user, environment_, host_.pam_environment,
-                                         terminal_ ? terminal_->path : std::string{}, terminal_ ? term_ : std::string{}});
+                                         terminal_ ? terminal_->path : std::string{}, terminal_ ? term_ : std::string{}, original_command_});
   std::vector<UniqueFd> theirs, to_net;
   ch::Started started;
   const UniqueFd entrance = host_.tree.entrance();
@@ -342,7 +357,7 @@ void SessionChannel::spawn() {
   logged_in_ = terminal_.has_value();
   host_.event("session_start", "channel=" + std::to_string(number_) + " kind=" +
                                    (kind_ == ch::StartKind::shell ? "shell" : kind_ == ch::StartKind::exec ? "exec" : "subsystem") +
-                                   " pty=" + (terminal_ ? "1" : "0") + " pid=" + std::to_string(pid_) +
+                                   (host_.facts.rules.command.get().empty() ? "" : " forced=1") + " pty=" + (terminal_ ? "1" : "0") + " pid=" + std::to_string(pid_) +
                                    (tee_ ? " recording=" + tee_->id().text() : ""));
   host_.to_net(ch::Type::started, std::as_bytes(std::span{&started, 1}), std::move(to_net));
   if (tee_) start_pumps();
@@ -359,6 +374,13 @@ void SessionChannel::start_pumps() {
     return;
   }
   error_over_ = false;
+  if (to_input_) {
+    host_.poller.watch(to_input_.get(), 0, [this](short events) {
+      if ((events & POLLERR) != 0) return close_input();  // the program closed its end, pipe(7): net is to see it
+      write_input();
+    });
+    host_.poller.watch(input_from_net_.get(), POLLIN, [this](short) { pump_input(); });
+  }
   host_.poller.watch(from_output_.get(), POLLIN, [this](short) { read_program(from_output_.get(), 'o'); });
   host_.poller.watch(from_error_.get(), POLLIN, [this](short) { read_program(from_error_.get(), 'e'); });
 }
@@ -420,6 +442,7 @@ void SessionChannel::on_progress() {
   };
   resume('o', output_waits_, terminal_ ? terminal_->leader.get() : from_output_.get());
   resume('e', error_waits_, from_error_.get());
+  if (input_from_net_ && input_.empty()) host_.poller.set_events(input_from_net_.get(), POLLIN);
   if (!output_over_ && !tee_->outlet_open('o')) stop_reading('o');
   if (!error_over_ && !tee_->outlet_open('e')) stop_reading('e');
   if (reaped_) try_report_exit();
@@ -427,6 +450,7 @@ void SessionChannel::on_progress() {
 
 void SessionChannel::pump_input() {
   if (!input_from_net_ || !input_.empty()) return;
+  if (records_input() && !tee_->may_take_input()) return host_.poller.disable(input_from_net_.get());  // until on_progress()
   input_.resize(input_chunk);
   ssize_t n;
   do {
@@ -435,24 +459,41 @@ void SessionChannel::pump_input() {
   input_.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
   if (n < 0 && errno == EAGAIN) return;
   if (n <= 0) {
-    // The client's EOF. A terminal has no such thing; sshd does nothing either (its write end is the leader itself).
-    host_.poller.forget(input_from_net_.get());
-    input_from_net_.reset();
+    // The client's EOF: a pipe's end. A terminal has no such thing; sshd does nothing either (its write end is the leader itself).
+    close_input();
     return;
   }
+  record_input();
   write_input();
 }
 
+void SessionChannel::record_input() {
+  if (!records_input()) return;
+  if (terminal_) {
+    // Lines without echo: somebody asks for a password (getpass(3), sudo, ssh). What programs read key by key (readline, editors: no lines,
+    // no echo) is recorded. One mark a run, so that it tells neither how many keys there were nor when.
+    termios modes{};
+    const bool hidden = ::tcgetattr(terminal_->leader.get(), &modes) == 0 && (modes.c_lflag & ICANON) != 0 && (modes.c_lflag & ECHO) == 0;
+    if (hidden && !input_hidden_) tee_->mark("input: not recorded while the terminal does not echo");
+    input_hidden_ = hidden;
+    if (hidden) return;
+  }
+  tee_->input(std::as_bytes(std::span{input_}));
+}
+
+int SessionChannel::input_target() const { return to_input_ ? to_input_.get() : terminal_ ? terminal_->leader.get() : -1; }
+
 void SessionChannel::write_input() {
-  if (!terminal_ || !terminal_->leader) {
+  const int target = input_target();
+  if (target < 0) {
     input_.clear();
     return;
   }
-  const int leader = terminal_->leader.get();
   while (!input_.empty()) {
-    const ssize_t n = ::write(leader, input_.data(), input_.size());
+    const ssize_t n = ::write(target, input_.data(), input_.size());
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && errno != EAGAIN) {
+      if (to_input_) return close_input();
       input_.clear();
       break;
     }
@@ -460,15 +501,25 @@ void SessionChannel::write_input() {
     input_.erase(0, static_cast<std::size_t>(n));
   }
   const bool full = !input_.empty();
-  if (full || !output_waits_)
-    host_.poller.set_events(leader, static_cast<short>((output_waits_ ? 0 : POLLIN) | (full ? POLLOUT : 0)));
+  if (to_input_)
+    host_.poller.set_events(target, full ? POLLOUT : 0);
+  else if (full || !output_waits_)
+    host_.poller.set_events(target, static_cast<short>((output_waits_ ? 0 : POLLIN) | (full ? POLLOUT : 0)));
   else
-    host_.poller.disable(leader);
+    host_.poller.disable(target);
   if (!input_from_net_) return;
   if (full)
     host_.poller.disable(input_from_net_.get());
   else
     host_.poller.set_events(input_from_net_.get(), POLLIN);
+}
+
+void SessionChannel::close_input() {
+  for (UniqueFd* fd : {&input_from_net_, &to_input_}) {
+    if (*fd) host_.poller.forget(fd->get());
+    fd->reset();
+  }
+  input_.clear();
 }
 
 // --- the end --------------------------------------------------------------------------------------------------------------------
@@ -542,6 +593,7 @@ void SessionChannel::end_recording() {
   if (!over) return;
   stop_reading('o');
   stop_reading('e');
+  if (to_input_) close_input();  // what it carried now would be in no recording
   if (tee_) tee_->end(exit_text());
   host_.changed();
 }
@@ -557,9 +609,7 @@ void SessionChannel::close_terminal() {
   host_.poller.forget(terminal_->leader.get());
   terminal_->leader.reset();
   terminal_->follower.reset();
-  if (input_from_net_) host_.poller.forget(input_from_net_.get());
-  input_from_net_.reset();
-  input_.clear();
+  close_input();
 }
 
 void SessionChannel::closed() {

@@ -84,8 +84,12 @@ class SessionChannel {
   bool make_descriptors(pty::Launch& launch, std::vector<UniqueFd>& theirs, std::vector<UniqueFd>& to_net, channel::Started& started);
   void start_pumps();
   void read_program(int fd, char stream);
+  bool records_input() const { return tee_ && host_.facts.rules.record_input != 0; }
   void pump_input();
+  void record_input();
+  int input_target() const;
   void write_input();
+  void close_input();
   void stop_reading(char stream);
   void on_progress();
   void try_report_exit();
@@ -108,6 +112,7 @@ class SessionChannel {
   std::size_t env_count_ = 0;
   channel::StartKind kind_ = channel::StartKind::shell;
   std::optional<std::string> command_;
+  std::optional<std::string> original_command_;  // what the client asked for, where a rule forces another
 
   // The program.
   pid_t pid_ = 0;
@@ -120,8 +125,10 @@ class SessionChannel {
   // Recorded sessions only: our ends of the program's descriptors.
   std::unique_ptr<Tee> tee_;
   UniqueFd from_output_, from_error_;  // pipes; a terminal is read at terminal_->leader
-  UniqueFd input_from_net_;            // terminal only
-  std::string input_;                  // read from net, not taken by the terminal yet
+  UniqueFd input_from_net_;            // of a terminal, and of pipes where input is recorded
+  UniqueFd to_input_;                  // the program's pipe, where input is recorded
+  std::string input_;                  // read from net (and recorded), not taken by the program yet
+  bool input_hidden_ = false;          // typed without echo: left out of the recording, and marked
   bool output_over_ = false, error_over_ = true;
   bool output_waits_ = false, error_waits_ = false;  // stopped for want of room
 };

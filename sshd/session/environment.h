@@ -3,6 +3,7 @@
 #include "pty/become_user.h"
 #include "sshd/protocol/facts.h"
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -27,6 +28,7 @@ struct EnvironmentRequest {
   const std::vector<std::string>& pam;        ///< "NAME=value"
   std::string terminal;                       ///< "/dev/pts/7" or empty
   std::string term;                           ///< TERM, or empty
+  std::optional<std::string> original_command = {};  ///< SSH_ORIGINAL_COMMAND, where another command is forced
 };
 /// In the order of sshd 9.2 (session.c do_setup_env), later ones win: client, USER LOGNAME HOME PATH MAIL SHELL TZ TERM, PAM, SSH_*.
 std::vector<std::string> make_environment(const EnvironmentRequest& request);

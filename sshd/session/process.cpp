@@ -243,7 +243,20 @@ bool SessionProcess::on_grant(Message& m) {
       [this](const std::string& name, const std::string& fields) { event(name, fields); }, [this] { recorder_lost(); },
       [this] { sweep_ = true; }});
   adopt_net();
+  begin_limits();
   return true;
+}
+
+void SessionProcess::begin_limits() {
+  const auto over = [this](const std::string& rule, const std::string& text) {
+    if (phase_ != Phase::granted) return;  // it is ending already
+    event("time_limit", "rule=" + rule);
+    revoke(text);
+  };
+  limits_ = std::make_unique<TimeLimits>(poller_, facts_.rules, over);
+  if (!limits_->watches_activity()) return;
+  const ch::WatchActivity ask{static_cast<std::uint32_t>(limits_->report_interval().count())};
+  net_.send(ch::version, static_cast<std::uint16_t>(ch::Type::watch_activity), ask);
 }
 
 Expected<Done> SessionProcess::check_account() {
@@ -403,7 +416,7 @@ bool SessionProcess::on_net_message(const Message& m) {
     case ch::Type::open: {
       const auto r = m.body<ch::ChannelRef>();
       if (!r || r->channel > largest_channel || find(r->channel) != nullptr) return false;
-      const std::size_t most = facts_.sessions_per_connection;
+      const std::size_t most = std::min(facts_.sessions_per_connection, facts_.rules.max_sessions);
       if (channels_.size() >= most || channels_.size() + closing_.size() >= most * lingering_factor) {
         answer(r->channel, false);
         return true;
@@ -436,6 +449,7 @@ bool SessionProcess::on_net_message(const Message& m) {
       SessionChannel* c = find(r->first.channel);
       if (c == nullptr) return false;
       c->start(r->first.kind, r->second);
+      if (limits_) limits_->activity();
       return true;
     }
     case ch::Type::window_change: {
@@ -469,6 +483,11 @@ bool SessionProcess::on_net_message(const Message& m) {
       closing_.push_back(std::move(c));
       sweep_ = true;
       tell_channels();
+      return true;
+    }
+    case ch::Type::activity: {
+      if (!m.body<ch::Activity>() || !limits_ || !limits_->watches_activity()) return false;
+      limits_->activity();
       return true;
     }
     case ch::Type::ask_sign: {

@@ -10,6 +10,7 @@
 #include "sshd/protocol/session.h"
 #include "sshd/session/channel.h"
 #include "sshd/session/holder.h"
+#include "sshd/session/limits.h"
 #include "sshd/session/outbox.h"
 #include "sshd/session/tree.h"
 
@@ -74,6 +75,7 @@ class SessionProcess {
   void read_net();
   bool on_net_message(const Message& m);
   void violation(const std::string& what);
+  void begin_limits();
   bool may_sign();
   void forward_sign_requests();
   void refuse_signature();
@@ -111,6 +113,7 @@ class SessionProcess {
   std::unique_ptr<ChannelHost> host_;
   std::map<std::uint32_t, std::unique_ptr<SessionChannel>> channels_;  // open ones, by net's number
   std::vector<std::unique_ptr<SessionChannel>> closing_;               // closed ones with something left
+  std::unique_ptr<TimeLimits> limits_;
   bool sweep_ = false;
   std::uint32_t told_channels_ = 0;
 

@@ -189,6 +189,33 @@ void Tee::resize(std::uint32_t cols, std::uint32_t rows) {
   append(encoded_);
 }
 
+bool Tee::may_take_input() {
+  if (lost_ || ending_) return false;
+  if (gap_) return true;
+  if (journal_failed_) return false;  // fail closed: what nobody records does not get to the program
+  for (; !typed_.empty() && typed_.front().first <= link_->written(); typed_.pop_front()) typed_waiting_ -= typed_.front().second;
+  return typed_waiting_ < most_input_waiting;
+}
+
+void Tee::input(std::span<const std::byte> bytes) {
+  if (bytes.empty() || lost_ || ending_) return;
+  if (gap_) {
+    gap_bytes_ += bytes.size();
+    return;
+  }
+  encoded_.clear();
+  encoder_.input(bytes, boot_ns(), encoded_);
+  append(encoded_);
+  typed_.emplace_back(link_->appended(), encoded_.size());
+  typed_waiting_ += encoded_.size();
+}
+
+void Tee::mark(std::string_view text) {
+  if (gap_ || lost_ || ending_) return;
+  marker(text);
+  arm_check();
+}
+
 void Tee::marker(std::string_view text) {
   const std::uint64_t micros = (boot_ns() - start_ns_) / 1000;
   char line[256];

@@ -16,6 +16,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace postern::sshd::session {
 
@@ -27,6 +28,8 @@ inline constexpr std::size_t most_unreleased = 1024 * 1024;
 /// One read (encoded text of it fits one frame of the relay link, 64 KiB), and the least room worth one.
 inline constexpr std::size_t largest_read = 60 * 1024;
 inline constexpr std::size_t least_room = 16 * 1024;
+/// Encoded input that waits for the relay, beside the output that does (one read of input, 16 KiB, is up to 100 KiB encoded).
+inline constexpr std::size_t most_input_waiting = 128 * 1024;
 /// The relay took bytes and answers nothing: it counts as away. On this host write(2) takes microseconds.
 inline constexpr std::chrono::milliseconds written_stall{2'000};
 /// Bytes wait on a recorder (or on this host's disk) that does not commit: lost (DESIGN section 4 "Choice": 10 s; slow is not lost).
@@ -65,6 +68,13 @@ class Tee {
   std::size_t may_read(char stream) const;
   void put(char stream, std::span<const std::byte> bytes);
   void resize(std::uint32_t cols, std::uint32_t rows);
+  /// May input be taken now, where it is recorded? Else not until progress(). It does not wait to be acknowledged (DESIGN section 4: input
+  /// never waits), nor behind the output (a Ctrl-C gets past one that waits for the relay): only when too much of itself waits.
+  bool may_take_input();
+  /// What the user typed: goes into the recording before it goes to the program.
+  void input(std::span<const std::byte> bytes);
+  /// A marker event ("m").
+  void mark(std::string_view text);
   /// Everything of that stream was shown (or nobody is there to see it).
   bool drained(char stream) const;
   /// No more of that stream: its pipe closes when it is drained.
@@ -133,6 +143,8 @@ class Tee {
     Clock::time_point time;
   };
   std::deque<Mark> marks_;  // shown and not durable yet
+  std::deque<std::pair<std::uint64_t, std::size_t>> typed_;  // input that is not written: offset of its end, encoded bytes
+  std::size_t typed_waiting_ = 0;
   Lag written_lag_, durable_lag_;
   std::optional<Clock::time_point> bad_since_;
   Clock::time_point state_since_;

@@ -408,10 +408,10 @@ class Recording:
         for _, code, data in self.events:
             if code == "b":
                 target, _, encoded = data.partition(" ")
-                assert target in ("o", "e"), f"bytes for an unknown stream: {data[:20]!r}"
+                assert target in ("o", "e", "i"), f"bytes for an unknown stream: {data[:20]!r}"
                 assert target not in exact, "two sets of exact bytes for one event"
                 exact[target] = base64.b64decode(encoded, validate=True)
-            elif code in ("o", "e"):
+            elif code in ("o", "e", "i"):
                 bytes_ = exact.pop(code, None)
                 if bytes_ is None:
                     bytes_ = data.encode()
@@ -698,8 +698,9 @@ class Stack:
             "log": {"level": "debug"},
         }
 
-    def write_nodes(self, extra: str = "") -> None:
-        node = lambda name, address, who: f'[[node]]\nname = "{name}"\naddresses = ["{address}"]\n{who}\n\n'
+    def write_nodes(self, extra: str = "", more: dict[str, str] | None = None) -> None:
+        """`more`: lines for a node, by its name."""
+        node = lambda name, address, who: f'[[node]]\nname = "{name}"\naddresses = ["{address}"]\n{who}\n{(more or {}).get(name, "")}\n'
         self.nodes_file.write_text(
             node("alice", self.alice, 'user = "alice@example.com"')
             + node("open-alice", self.open_alice, 'user = "open@example.com"')
@@ -725,9 +726,26 @@ class Stack:
     def set_policy(self, text: str) -> None:
         """Writes a policy and has posternd load it; returns when it has said so (either way)."""
         self.policy_file.write_text(text)
+        self.reload()
+
+    def reload(self) -> str:
+        """posternd reads policy and nodes again; its log of that, up to the policy."""
         since = self.posternd.log_size()
         self.posternd.reload()
         self.posternd.wait_log(r"event=policy_(loaded|kept)", since)
+        return self.posternd.log(since)
+
+    @contextlib.contextmanager
+    def capabilities(self, **of):
+        """Nodes with session rules: capabilities(alice=[{"pty": False}]); a text is taken as it is. Ends with none."""
+        text = lambda rules: rules if isinstance(rules, str) else json.dumps(rules)
+        self.write_nodes(more={name.replace("_", "-"): f"capabilities = {{\"postern.internal/cap/ssh\" = '''{text(rules)}'''}}\n" for name, rules in of.items()})
+        assert "identity_problem" not in self.reload()
+        try:
+            yield self
+        finally:
+            self.write_nodes()
+            self.reload()
 
     # ---- life
 

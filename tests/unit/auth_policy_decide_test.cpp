@@ -434,6 +434,7 @@ TEST_CASE("10,000 rules, 1,000 groups and 5,000 nodes load and decide fast", "[a
                                    : tagged_node("n" + std::to_string(n), {"100.64." + std::to_string(n / 250) + "." + std::to_string(n % 250)},
                                                  {"tag:t" + std::to_string(n % 1000)}));
   for (int n = 0; n < 10; n++) big.nodes.push_back(tagged_node("rec" + std::to_string(n), {"100.100.0." + std::to_string(n)}, {"tag:recorder"}));
+  big.index();
   std::vector<double> times;
   std::size_t accepted = 0;
   for (int i = 0; i < 2000; i++) {

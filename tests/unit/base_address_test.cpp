@@ -92,3 +92,27 @@ TEST_CASE("tags and logins are checked for form", "[base][node]") {
   for (const char* bad : {"", "alice", "@example.com", "a@b@c", "a b@c", "*@example.com", "group:a@b", "a@b/c", "a@b\n"})
     CHECK_FALSE(problem_of_login(bad).empty());
 }
+
+TEST_CASE("a network finds nodes by address and tag, also when nodes were added after it was indexed", "[base][node]") {
+  Network network{{Node{.id = "a", .name = "a", .addresses = {*Address::parse("100.64.0.1")}, .login = "x@y", .tags = {}},
+                   Node{.id = "b", .name = "b", .addresses = {*Address::parse("100.64.0.2"), *Address::parse("fd7a::2")}, .login = {}, .tags = {"tag:s", "tag:t"}}}};
+  const auto found = [&](const char* address) {
+    const Node* n = network.find(*Address::parse(address));
+    return n == nullptr ? std::string{} : n->id;
+  };
+  CHECK(found("100.64.0.1") == "a");
+  CHECK(found("fd7a::2") == "b");
+  CHECK(found("100.64.0.3").empty());
+  CHECK(network.with_tag("tag:t").size() == 1);
+  CHECK(network.with_tag("tag:u").empty());
+  network.nodes.push_back(Node{.id = "c", .name = "c", .addresses = {*Address::parse("100.64.0.3")}, .login = {}, .tags = {"tag:t"}});
+  CHECK(found("100.64.0.3") == "c");
+  CHECK(network.with_tag("tag:t").size() == 2);
+  network.index();
+  CHECK(found("100.64.0.3") == "c");
+  // A node that lost an address or tag since then is not found by it.
+  network.nodes[2].addresses = {*Address::parse("100.64.0.4")};
+  network.nodes[2].tags.clear();
+  CHECK(found("100.64.0.3").empty());
+  CHECK(network.with_tag("tag:t").size() == 1);
+}

@@ -157,6 +157,27 @@ TEST_CASE("times have 6 decimals and never go backwards", "[cast][encoder]") {
   CHECK(out == "[1.234567,\"o\",\"a\"]\n[1.234567,\"o\",\"b\"]\n[1.234567,\"r\",\"132x50\"]\n[100.000000,\"x\",\"TERM\"]\n");
 }
 
+TEST_CASE("input is a stream of its own: exact, and a character that it cuts is no output's business", "[cast][encoder]") {
+  Encoder encoder{0};
+  std::string out;
+  const auto put = [&](char stream, const std::string& bytes) {
+    if (stream == 'i') encoder.input(bytes_of(bytes), 1'000'000'000, out);
+    else encoder.output(stream, bytes_of(bytes), 1'000'000'000, out);
+  };
+  put('i', "ls\r\xc3");
+  put('o', "\xc3");
+  put('i', "\xa9\xff\x01");
+  put('o', "\xa9x");
+  put('e', "\xa9");
+  check_lines(out);
+  const auto d = decode(out);
+  CHECK(d.raw.at("i") == "ls\r\xc3\xa9\xff\x01");
+  CHECK(d.raw.at("o") == "\xc3\xa9x");
+  CHECK(d.raw.at("e") == "\xa9");
+  CHECK(d.shown.at("i") == "ls\r\xc3\xa9\xef\xbf\xbd\x01");
+  CHECK(d.shown.at("o") == "\xc3\xa9x");
+}
+
 TEST_CASE("a header comes back, and text in it that is not UTF-8 does no harm", "[cast][encoder]") {
   Header h;
   h.width = 132;
@@ -166,6 +187,7 @@ TEST_CASE("a header comes back, and text in it that is not UTF-8 does no harm", 
   h.recording_id = "abcdefghijklmnopqrstuvwxyz";
   h.connection_id = "c";
   h.command = "printf '\"\\\n' \xff <a>";
+  h.original_command = "id -u";
   h.src_tags = {"tag:a", "tag:b"};
   h.src_address = "127.0.0.1";
   h.ssh_user = "root";
@@ -183,6 +205,7 @@ TEST_CASE("a header comes back, and text in it that is not UTF-8 does no harm", 
   CHECK(back->timestamp == 1795227008);
   CHECK(back->recording_id == h.recording_id);
   CHECK(back->command == "printf '\"\\\n' \xef\xbf\xbd <a>");
+  CHECK(back->original_command == "id -u");
   CHECK(back->src_tags == h.src_tags);
   CHECK(back->src_address == "127.0.0.1");
   CHECK(back->term == "xterm-256color");

@@ -20,7 +20,7 @@ class Sshd:
     Its logins are by a throw-away key, because it knows no identity network.
     """
 
-    def __init__(self, stack: Stack, work: pathlib.Path):
+    def __init__(self, stack: Stack, work: pathlib.Path, more: str = ""):
         self.stack, self.work = stack, work
         work.mkdir(mode=0o755)
         etc = work / "etc"
@@ -54,7 +54,7 @@ AcceptEnv LANG LC_* POSTERN_TEST_*
 Subsystem sftp /usr/lib/openssh/sftp-server
 UseDNS no
 LogLevel DEBUG
-""")
+{more}""")
         libraries = next((FOLDER / "lib").glob("*/libwrap.so.0"), None) or next((FOLDER / "usr/lib").glob("*/libwrap.so.0"))
         self.log = open(work / "log", "wb")
         self.process = subprocess.Popen(
