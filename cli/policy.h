@@ -8,7 +8,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -72,7 +74,7 @@ struct Login {
   std::string ssh_user;
   std::optional<std::uint32_t> uid;
 
-  /// Calls `ask(question)`, which returns what `is_open` says whether a network rule opened the port in, for each address until one does.
+  /// ask(question) for one address of the source after the other, until is_open(answer): a network rule opened the port.
   template <class Ask, class IsOpen>
   auto from_each_address(const Ask& ask, const IsOpen& is_open) const {
     std::vector<Address> addresses = source.node->addresses;

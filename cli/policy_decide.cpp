@@ -100,8 +100,8 @@ void print_verdict(const Explanation& explanation, const Login& login, bool requ
     }
     for (const auto& [name, value] : v.session_rules.members()) print_member("session rule", printable(name + " = " + value));
   }
-  print_member("network rule", std::string{explanation.network_open ? "opens" : "does not open"} + " port 22" + (required ? "" : " (not asked for)") + ": " +
-                                   (explanation.network_rule.line == 0 ? "" : printable(explanation.network_rule.text()) + ": ") + printable(explanation.network_why));
+  const std::string place = explanation.network_rule.line == 0 ? "" : printable(explanation.network_rule.text()) + ": ";
+  print_member("network rule", place + printable(explanation.network_why) + (required ? "" : " (not asked for)"));
 }
 
 void answer(const Options& options, const Globals& globals, bool with_rules) {

@@ -197,8 +197,9 @@ def test_a_decision_says_all_that_a_session_would_get(ours):
     text = postern("decide", *ours, "--src", "laptop", "--dst", "server", "--user", "ann").out
     assert text.startswith("accept: laptop -> server as ann\n")
     for line in (f"rule            {ours[1]}:20:5", "local user      ann", "accept env      GIT_* LANG",
-                 "recorders       tag:recorder: rec-a (100.64.0.8), rec-b (100.64.0.9)", "enforce         yes", "network rule    opens port 22 (not asked for): "):
+                 "recorders       tag:recorder: rec-a (100.64.0.8), rec-b (100.64.0.9)", "enforce         yes", f"network rule    {ours[1]}:7:5: grants[0] opens port 22: "):
         assert f"\n  {line}" in text
+    assert text.endswith(" (not asked for)\n")
 
 
 def test_a_check_says_how_long_a_proof_of_identity_counts(policy_file, ours):
