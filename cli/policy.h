@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -43,11 +44,16 @@ inline constexpr std::string_view live = "live";
 /// What a policy is judged with.
 struct Inputs {
   std::string network;  ///< a file, "-", or "live"
-  std::string session_capability{auth::policy::default_session_capability};
+  std::optional<std::string> session_capability;
   bool require_network_rule = false;
   bool json = false;
 
-  auth::policy::LoadOptions load_options(const NetworkFile& file) const { return {session_capability, file.domains}; }
+  // What is not said here posternd may have said (--network live).
+  std::string capability(const NetworkFile& file) const {
+    return session_capability.value_or(file.session_capability.value_or(std::string{auth::policy::default_session_capability}));
+  }
+  bool needs_network_rule(const NetworkFile& file) const { return require_network_rule || file.require_network_rule.value_or(false); }
+  auth::policy::LoadOptions load_options(const NetworkFile& file) const { return {capability(file), file.domains}; }
 };
 /// --network, --session-capability, --json. Returns the first.
 CLI::Option* add_inputs(CLI::App& command, Inputs& inputs, const char* about_network);

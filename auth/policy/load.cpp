@@ -2,8 +2,8 @@
 //
 // Every member is read by name, and what is left over is a problem: a member that nobody read could be one that restricts access.
 // Sentences in quotes that other tools know are those of the real service (research/tailscale-ssh.md section 3.5).
-#include "auth/policy/go_duration.h"
 #include "auth/policy/reading.h"
+#include "base/go_duration.h"
 
 #include <algorithm>
 #include <map>

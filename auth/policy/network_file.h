@@ -3,6 +3,7 @@
 #include "base/expected.h"
 #include "base/node.h"
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,13 +27,17 @@ struct NetworkFile {
   Network network;                   ///< nodes in the file's order
   /// What user:*@… and localpart:*@… may name (LoadOptions::domains): `domains`; else the domain of `tailnet`; else of the user with the
   /// lowest id, who made the network; else none are known.
-  std::vector<std::string> domains;
+  std::vector<std::string> domains = {};
+  // How posternd judges, where it is posternd that answered.
+  std::optional<std::string> session_capability = {};
+  std::optional<bool> require_network_rule = {};
 };
 
 /// All problems at once, with their places in `file_name`.
 Expected<NetworkFile, std::vector<Problem>> read_network(std::string_view text, std::string file_name);
 
-/// That form, in one line. Its users get no id: a provider does not know who came first, and nothing shall be read into an order.
-std::string network_text(const Network& network, const std::vector<std::string>& domains = {});
+/// That form, in one line. Its users get no id: a provider does not know who came first, and nothing shall be read into an order. A
+/// capability that is not JSON is left out: nobody could read the rest.
+std::string network_text(const NetworkFile& file);
 
 }  // namespace postern::auth::policy

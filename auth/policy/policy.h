@@ -129,6 +129,8 @@ class Policy {
   /// A network that has what the file itself names: a node for each user and each tag. For run_tests() where no network is known.
   Network imagined_network() const;
 
+  std::size_t ssh_rule_count() const noexcept;
+
   /// Names that some rule's `users` writes out, sorted; `nonroot`: some rule takes autogroup:nonroot; `localparts`: some rule takes localpart:*@…
   struct UserNames {
     std::vector<std::string> literal;

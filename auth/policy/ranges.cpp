@@ -63,6 +63,11 @@ void AddressRanges::add(const AddressRanges& other) {
   for (const auto& [first, last] : other.v6_) add(v6_, first, last);
 }
 void AddressRanges::remove(const AddressRanges& other) {
+  if (&other == this) {
+    v4_.clear();
+    v6_.clear();
+    return;
+  }
   for (const auto& [first, last] : other.v4_) remove(v4_, first, last);
   for (const auto& [first, last] : other.v6_) remove(v6_, first, last);
 }

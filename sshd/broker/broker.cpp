@@ -569,7 +569,7 @@ std::string Broker::answer_control(const std::string& request) {
     return json{{"connections", list}}.dump(-1, ' ', false, json::error_handler_t::replace);
   }
   // For `postern policy --network live`: the line is a network file (auth/policy/network_file.h).
-  if (command == "network") return auth::policy::network_text(provider_->network(), config_.policy.domains);
+  if (command == "network") return auth::policy::network_text({provider_->network(), config_.policy.domains, config_.policy.session_capability, config_.policy.require_network_rule});
   if (command == "kill") {
     const bool all = q.value("all", json(false)) == json(true);
     const std::string id = q.contains("connection") && q["connection"].is_string() ? q["connection"].get<std::string>() : "";

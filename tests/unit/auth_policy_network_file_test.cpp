@@ -138,7 +138,7 @@ TEST_CASE("what a provider knows reads back as the same network", "[auth][policy
       {"server", "server", {*Address::parse("100.64.0.2")}, "", {"tag:a", "tag:b"}},
   };
   network.users = {"alice@example.com", "bob@example.com"};
-  const std::string text = network_text(network);
+  const std::string text = network_text({.network = network});
   CHECK(text.find('\n') == std::string::npos);
   const auto file = good(text);
   REQUIRE(file.network.nodes.size() == 2);
@@ -154,5 +154,5 @@ TEST_CASE("what a provider knows reads back as the same network", "[auth][policy
   }
   CHECK(file.network.users == network.users);
   CHECK(file.domains.empty());
-  CHECK(good(network_text(network, {"example.com"})).domains == std::vector<std::string>{"example.com"});
+  CHECK(good(network_text({.network = network, .domains = {"example.com"}})).domains == std::vector<std::string>{"example.com"});
 }

@@ -205,15 +205,6 @@ TEST_CASE("a rule of no session at all leaves none", "[session][rules]") {
 
 // --- time -----------------------------------------------------------------------------------------------------------------------
 
-TEST_CASE("durations read as Tailscale's client shows them", "[session][rules]") {
-  using sshd::session::duration_text;
-  CHECK(duration_text(1) == "1s");
-  CHECK(duration_text(60) == "1m0s");
-  CHECK(duration_text(90) == "1m30s");
-  CHECK(duration_text(3600) == "1h0m0s");
-  CHECK(duration_text(86'400 + 61) == "24h1m1s");
-}
-
 TEST_CASE("the time of a connection ends it with all it started, whatever it does", "[session][rules]") {
   TestUser user;
   OpenFolder folder;
