@@ -202,6 +202,14 @@ def test_a_decision_says_all_that_a_session_would_get(ours):
     assert text.endswith(" (not asked for)\n")
 
 
+def test_a_decision_has_the_session_rules_of_the_app_grants(policy_file, ours):
+    for capability, more in (("postern.internal/cap/ssh", []), ("example.com/cap/own", ["--session-capability", "example.com/cap/own"])):
+        grants = [{**POLICY["grants"][0], "app": {capability: [{"sftp": "read-only", "maxDuration": "8h"}]}}]
+        login = ["--policy", policy_file({**POLICY, "grants": grants}, "app"), *ours[2:], "--src", "laptop", "--dst", "server", "--user", "ann", *more]
+        assert postern("decide", *login, "--json").json["session_rules"] == {"maxDuration": "8h", "sftp": "read-only"}
+        assert '\n  session rule    sftp = "read-only"\n' in postern("decide", *login).out
+
+
 def test_a_check_says_how_long_a_proof_of_identity_counts(policy_file, ours):
     rule = {"action": "check", "src": ["alice@example.com"], "dst": ["tag:server"], "users": ["root"]}
     for period, shown in (("90m", "1h30m"), ("always", "always"), (None, "12h")):
