@@ -7,6 +7,8 @@
 #include "catch.h"
 
 #include <algorithm>
+#include <fstream>
+#include <iterator>
 
 using namespace postern;
 using namespace postern::auth::policy;
@@ -325,8 +327,12 @@ TEST_CASE("section 3.2, recorder: the nodes of the tag, lowest address first", "
 }
 
 TEST_CASE("section 3.2: the default policy of a new network is its own devices, by check, nonroot and root", "[auth][policy][language]") {
-  const auto policy = load(R"("grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"]}],
-    "ssh": [{"action": "check", "src": ["autogroup:member"], "dst": ["autogroup:self"], "users": ["autogroup:nonroot", "root"]}])");
+  std::ifstream shipped{POSTERN_PACKAGING "/policy.hujson"};
+  const std::string text{std::istreambuf_iterator<char>{shipped}, {}};
+  auto loaded = Policy::load(text, "policy.hujson");
+  if (!loaded) FAIL(loaded.error().front().text());
+  const Policy policy = std::move(*loaded);
+  CHECK(policy.warnings().empty());
   CHECK(outcome(policy, "odin-laptop", "odin-phone", "root") == "check");
   CHECK(outcome(policy, "odin-laptop", "odin-phone", "odin") == "check");
   CHECK(outcome(policy, "odin-laptop", "thor-laptop", "odin") == "deny");
