@@ -322,8 +322,9 @@ class Library(Client):
     program: list[str] = []
 
     def request(self, stack, do, *, recorded=False, auth="none", pty=None, **more) -> dict:
+        # A command of None is a shell.
         return {"host": stack.server, "port": stack.port, "bind": self.source(stack, recorded), "user": stack.user, "do": do, "auth": auth,
-                "pty": pty.json() if pty else None, **{k: str(v) if isinstance(v, pathlib.Path) else v for k, v in more.items() if v is not None}}
+                "pty": pty.json() if pty else None, **{k: str(v) if isinstance(v, pathlib.Path) else v for k, v in more.items()}}
 
     def popen(self, stack, request) -> subprocess.Popen:
         process = subprocess.Popen([*self.program, json.dumps(request)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -38,7 +38,9 @@ def client(request):
 
 @pytest.fixture(scope="module")
 def stack(accounts):
-    made = new_stack(accounts, posternd={"limits": {"sessions_per_connection": 64}})
+    # POSTERN_TEST_VERSION_STRING: the whole matrix with another [ssh] version_string.
+    version = os.environ.get("POSTERN_TEST_VERSION_STRING")
+    made = new_stack(accounts, posternd={"limits": {"sessions_per_connection": 64}, **({"ssh": {"version_string": version}} if version else {})})
     # plink and psftp cannot choose the address they come from.
     made.write_nodes('[[node]]\nname = "loopback"\naddresses = ["127.0.0.1"]\nuser = "alice@example.com"\n')
     made.start()

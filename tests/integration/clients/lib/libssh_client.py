@@ -8,7 +8,7 @@ L = ctypes.CDLL("libssh.so.4")
 OK, AGAIN = 0, -2
 # enum ssh_options_e of libssh.h, 0.10
 HOST, PORT, USER, BIND, PROCESS_CONFIG, REKEY_DATA = 0, 1, 4, 20, 38, 39
-SIGNAL = CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_char_p, c_int, c_char_p, c_char_p)
+SIGNAL = CFUNCTYPE(None, c_void_p, c_void_p, c_char_p, c_int, c_char_p, c_char_p, c_void_p)
 LOG = CFUNCTYPE(None, c_int, c_char_p, c_char_p, c_void_p)
 
 
@@ -118,7 +118,7 @@ class Channel:
         self.signal_name, self.core = None, False
 
         @SIGNAL
-        def signalled(_session, _channel, _data, name, core, _text, _language):
+        def signalled(_session, _channel, name, core, _text, _language, _data):
             self.signal_name, self.core = name.decode(), bool(core)
         # Kept as long as the channel lives.
         self.callbacks = Callbacks(size=ctypes.sizeof(Callbacks), exit_signal=signalled)

@@ -23,7 +23,13 @@ function run() {
     let out = Buffer.alloc(0), seen = 0, wake = null, closed = false;
     const err = [], file = request.stdout ? fs.openSync(request.stdout, 'w') : null;
     let status = null, signal = null, core = false;
-    stream.on('data', (d) => { if (file !== null) fs.writeSync(file, d); else out = Buffer.concat([out, d]); if (wake) wake(); });
+    // ssh2 begins no key exchange by itself.
+    let moved = 0;
+    const count = (n) => {
+      moved += n;
+      if (request.rekey && moved >= request.rekey) { moved = 0; client._protocol.rekey(); }
+    };
+    stream.on('data', (d) => { count(d.length); if (file !== null) fs.writeSync(file, d); else out = Buffer.concat([out, d]); if (wake) wake(); });
     stream.stderr.on('data', (d) => err.push(d));
     stream.on('exit', (code, name, dumped) => { status = code; signal = name ? name.replace(/^SIG/, '') : null; core = !!dumped; });
     stream.on('close', () => {
@@ -46,12 +52,16 @@ function run() {
         } else if (what === 'send') stream.write(a[0]);
         else if (what === 'resize') stream.setWindow(a[1], a[0], 0, 0);
         else if (what === 'signal') stream.signal(a[0]);
-        else if (what === 'rekey') await new Promise((r, no) => client.rekey((e2) => (e2 ? no(e2) : r())));
+        else if (what === 'rekey') client._protocol.rekey();
         else if (what === 'eof') { stream.end(); ended = true; }
       }
       scripted = true;
-      if (request.stdin) fs.createReadStream(request.stdin).pipe(stream);
-      else if (!ended && !request.pty) stream.end();
+      if (request.stdin) {
+        const source = fs.createReadStream(request.stdin);
+        source.on('data', (d) => count(d.length));
+        source.pipe(stream);
+      }
+      if (!request.stdin && !ended && !request.pty) stream.end();
       if (closed) stream.emit('close');
     })().catch(fail);
   };
