@@ -5,7 +5,7 @@ import sys
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from clients.drivers import CLIENTS, FEATURES, LATER
+from clients.drivers import ALWAYS_NONE, BUGS, CLIENTS, FEATURES, LATER
 from harness import ROOT
 
 PAGE = ROOT / "docs/CLIENTS.md"
@@ -21,8 +21,12 @@ def text() -> str:
     for feature, what in FEATURES.items():
         cells = []
         for c in CLIENTS.values():
-            if feature in c.cannot:
+            if c.cannot.get(feature) == ALWAYS_NONE:
+                cells.append("in by `none`")
+            elif feature in c.cannot:
                 cells.append(f"no ({note(c.cannot[feature])})")
+            elif (c.name, feature) in BUGS:
+                cells.append(f"not yet ({note(BUGS[c.name, feature])})")
             elif feature in c.remarks:
                 cells.append(f"yes ({note(c.remarks[feature])})")
             else:

@@ -8,6 +8,7 @@ Request (drivers.py makes it; node/client.js and go/main.go read the same):
                  stdin    a file to send before the end of input        stdout   a file for the output
               "sftp"     steps [["put", local, remote], ["get", remote, local], ["symlink", target, link], ["readlink", link], ["ls", folder]]
               "channels" count sessions of `command` at the same time: each is sent a line of its own once all are open
+              "unix"     opens a channel to the unix socket `path` (libssh and ssh2 only, which look at the server's version first)
 Answer:
     out, err (base64), status, signal, core, rekeys (key exchanges after the first), results (of sftp, channels), or error
 """

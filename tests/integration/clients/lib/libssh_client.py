@@ -30,6 +30,7 @@ import_key = declare("ssh_pki_import_privkey_file", c_int, c_char_p, c_char_p, P
 auth_key = declare("ssh_userauth_publickey", c_int, P, c_char_p, P)
 channel_new = declare("ssh_channel_new", P, P)
 open_session = declare("ssh_channel_open_session", c_int, P)
+open_forward_unix = declare("ssh_channel_open_forward_unix", c_int, P, c_char_p, c_char_p, c_int)
 request_env = declare("ssh_channel_request_env", c_int, P, c_char_p, c_char_p)
 request_pty = declare("ssh_channel_request_pty_size", c_int, P, c_char_p, c_int, c_int)
 change_pty = declare("ssh_channel_change_pty_size", c_int, P, c_int, c_int)
@@ -218,9 +219,15 @@ def channels(session, request):
     return {"results": results}
 
 
+def unix(session, request):
+    handle = session.check(channel_new(session.handle), "channel")
+    session.check(open_forward_unix(handle, request["path"].encode(), b"localhost", 0), "unix")
+    return {}
+
+
 def serve(request):
     session = Session(request)
-    answer = {"run": run, "sftp": sftp, "channels": channels}[request["do"]](session, request)
+    answer = {"run": run, "sftp": sftp, "channels": channels, "unix": unix}[request["do"]](session, request)
     answer["rekeys"] = REKEYS[0]
     disconnect(session.handle)
     return answer

@@ -102,7 +102,13 @@ function channels() {
   }
 }
 
-client.on('ready', () => ({ run, sftp, channels })[request.do]());
+function unix() {
+  try {
+    client.openssh_forwardOutStreamLocal(request.path, (e, stream) => (e ? fail(e) : stream.end(answer({}))));
+  } catch (e) { fail(e); }
+}
+
+client.on('ready', () => ({ run, sftp, channels, unix })[request.do]());
 client.on('handshake', () => { rekeys++; });
 client.on('error', fail);
 client.on('close', () => fail(new Error('the connection was closed')));
