@@ -5,12 +5,13 @@ ssh2 for Node swap theirs only where the version names OpenSSH; paramiko, pkg/sf
 order of the server's could please all of them, but a version can. libssh and ssh2 open unix sockets only to an OpenSSH, and want its number.
 """
 import os
+import subprocess
 
 import pytest
 
 from clients.drivers import CLIENTS
 
-from harness import new_stack
+from harness import SLACK, new_stack
 
 # PROPOSED default. 9: libssh wants a number after OpenSSH_, ssh2 one that is >= 5; paramiko and others take "OpenSSH_1…" for an old one.
 VERSION = "OpenSSH_9.9_Postern_0.1"
@@ -62,3 +63,20 @@ def test_a_client_that_opens_unix_sockets_to_openssh_only_asks_for_them(stack, c
 def test_every_client_gets_in_and_out(stack, client):
     r = client.run(stack, "echo out; exit 3")
     assert (r.out, r.status) == (b"out\n", 3), r
+
+
+@pytest.mark.xfail(strict=True, reason="eow@openssh.com of a client is not understood: the program never learns that nobody reads")
+@pytest.mark.parametrize("recorded", [False, True], ids=["not recorded", "recorded"])
+@pytest.mark.parametrize("client", ["openssh", "openssh-forky"], indirect=True)
+def test_yes_ends_when_its_reader_has_gone(stack, client, recorded):
+    """`ssh host yes | head -1`: OpenSSH's client says so by eow@openssh.com, and to an OpenSSH only (channels.c, chan_send_eow2)."""
+    line, environment = client.command(stack, "yes", recorded=recorded)
+    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    stack.clients.append(process)
+    assert process.stdout.readline() == b"y\n"
+    process.stdout.close()
+    try:
+        assert process.wait(6 * SLACK) == 255  # as with sshd: yes died of SIGPIPE
+    finally:
+        process.kill()
+        process.wait()
