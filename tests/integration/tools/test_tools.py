@@ -1,6 +1,6 @@
 """Programs that people run over ssh every day, as they are: nothing of them knows that this is no OpenSSH at the other end.
 
-They find the server by an ssh_config (alias `postern`), as a person would write it once.
+They find the server by an ssh_config (alias `postern`), as a person would write it once, and are recorded: the way through more of our programs.
 """
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Host postern
   HostName {s.server}
   Port {s.port}
   User {s.user}
-  BindAddress {s.plain_alice}
+  BindAddress {s.alice}
   UserKnownHostsFile {s.known_hosts}
   GlobalKnownHostsFile /dev/null
   StrictHostKeyChecking yes
@@ -166,7 +166,7 @@ def test_curl_puts_and_gets_a_file(host, there, tree, tmp_path, scheme):
     if scheme.encode() not in host.run("curl", "--version").stdout:
         pytest.skip("this curl has no libssh2")
     s = host.stack
-    common = ["curl", "-sS", "-k", "--interface", s.plain_alice, "-u", f"{s.user}:"]
+    common = ["curl", "-sS", "-k", "--interface", s.alice, "-u", f"{s.user}:"]
     ok(host.run(*common, "-T", tree / "big", f"{scheme}://{s.server}:{s.port}{there}/up"))
     ok(host.run(*common, "-o", tmp_path / "down", f"{scheme}://{s.server}:{s.port}{there}/up"))
     assert (tmp_path / "down").read_bytes() == (tree / "big").read_bytes() == (there / "up").read_bytes()
