@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from harness import IS_ROOT, SLACK, processes, wait_until
+from harness import IS_ROOT, SLACK, processes, rng, wait_until
 
 # Lines that OpenSSH's client says by itself.
 CLIENTS_OWN = re.compile(r"Permission denied|Disconnected from|Connection (closed|reset)|^Received disconnect")
