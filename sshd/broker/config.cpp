@@ -103,6 +103,7 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
     r.one_of("gateway_ports", c.forwarding.gateway_ports, {"no", "clientspecified"});
     r.flag("unlink_sockets", c.forwarding.unlink_sockets);
     r.duration("connect_timeout", c.forwarding.connect_timeout, 100ms, 10min);
+    r.path("xauth", c.forwarding.xauth, true);
   });
   r.table("limits", [&] {
     r.duration("login_grace_time", c.limits.login_grace_time, 100ms, 1h);

@@ -64,6 +64,7 @@ struct Config {
     std::string gateway_ports = "no";  ///< "clientspecified"
     bool unlink_sockets = false;
     std::chrono::milliseconds connect_timeout{30'000};
+    std::string xauth = "/usr/bin/xauth";
   } forwarding;
   struct Limits {
     std::chrono::milliseconds login_grace_time{30'000};

@@ -445,7 +445,7 @@ void Connection::found(const session::User& user) {
               facts_.local_user.set(verdict_.local_user) && facts_.recorder_tag.set(verdict_.recorder_tag) && facts_.relay_socket.set(c.relay.socket) &&
               facts_.registration_socket.set(c.control.registration_socket) && facts_.pam_service.set(c.pam.service) &&
               facts_.pam_confdir.set(c.pam.confdir) && facts_.sftp_server.set(c.session.sftp_server) && verdict_.accept_env.size() <= max_accept_env &&
-              write_rules(rules_, facts_.rules) && write_forwarding(rules_, verdict_.enforce_recorder, facts_.forwarding);
+              write_rules(rules_, facts_.rules) && write_forwarding(rules_, verdict_.enforce_recorder, facts_.forwarding) && facts_.xauth.set(c.forwarding.xauth);
   facts_.accepted_at = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
   facts_.policy_version = broker_.policy_version();
   facts_.peer_port = peer_.port;

@@ -101,6 +101,11 @@ void Connection::run() {
     poller_.run_once();
     if (!done_) turn();
   }
+  // The last counts, for the log.
+  if (login_ != Login::accepted) return;
+  for (const auto& [number, forward] : forwards_)
+    if (forward->handle() != nullptr && !forward->told) tell_forward_closed(number, forward->from_client(), forward->to_client());
+  link_->flush();
 }
 
 bool Connection::client_gone() const { return (ssh_get_status(session_) & (SSH_CLOSED | SSH_CLOSED_ERROR)) != 0; }

@@ -60,7 +60,7 @@ Expected<ConnectionFacts> read_facts(int memfd) {
             facts.ssh_user.valid() && facts.local_user.valid() && facts.recorder_tag.valid() && facts.relay_socket.valid() && facts.registration_socket.valid() &&
             facts.pam_service.valid() && facts.pam_confdir.valid() && facts.sftp_server.valid() && facts.recorder_count <= max_recorders &&
             facts.accept_env_count <= max_accept_env && facts.rules.valid() && facts.forwarding.valid() &&
-            facts.gateway_ports <= 1 && facts.unlink_sockets <= 1;
+            facts.gateway_ports <= 1 && facts.unlink_sockets <= 1 && facts.xauth.valid();
   for (const auto& r : facts.recorders) ok = ok && r.valid();
   for (const auto& e : facts.accept_env) ok = ok && e.valid();
   if (!ok) return bad("a length in it is wrong");

@@ -101,6 +101,7 @@ struct ConnectionFacts {
   std::uint16_t spare3 = 0;
   std::uint32_t forwards_per_connection = 1024;
   std::uint32_t forward_connect_ms = 30'000;
+  FixedText<256> xauth;             ///< path of xauth(1); empty: no X11
 
   Id id() const { return Id{connection_id}; }
 };

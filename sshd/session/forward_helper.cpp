@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -39,6 +40,8 @@ constexpr int backlog = 128;                       // sshd's SSH_LISTEN_BACKLOG
 constexpr milliseconds next_address_after{250};    // RFC 8305 section 8: the next address gets its chance
 constexpr milliseconds socket_full_retry{20};      // connect(2) on a unix socket whose queue is full says EAGAIN and cannot be polled
 constexpr milliseconds accept_retry{50};           // out of descriptors, or session is slow
+constexpr unsigned first_display = 10, last_display = 1000;  // X11DisplayOffset's default; sshd's MAX_DISPLAYS
+constexpr milliseconds xauth_limit{10'000};        // it waits for a lock file of another one
 constexpr std::uint16_t first_free_port = 1024;    // as sshd's bind_permitted(): below is root's, whatever ip_unprivileged_port_start says
 
 socklen_t length_of(const sockaddr_storage& a) { return a.ss_family == AF_INET6 ? sizeof(sockaddr_in6) : sizeof(sockaddr_in); }
@@ -139,6 +142,12 @@ class Helper {
         const auto r = m.body<Ref>();
         if (r) close_listener(r->id);
         return r.has_value();
+      }
+      case Type::x11: {
+        const auto x = m.body<X11>();
+        if (!x || !x->protocol.valid() || !x->cookie.valid()) return false;
+        listen_x11(*x);
+        return true;
       }
       case Type::agent: {
         const auto r = m.body<Ref>();
@@ -279,25 +288,25 @@ class Helper {
 
   void listen_port(std::uint32_t id, const std::string& asked, std::uint16_t port) {
     if (port != 0 && port < first_free_port && ::geteuid() != 0) return fail(id, prohibited, "this port is for root alone");
-    // As sshd 9.2, channels.c channel_fwd_bind_addr().
+    // As sshd 9.2, channels.c channel_fwd_bind_addr(). What the rules' names are compared with is what it becomes, not what was asked for: who gets
+    // all addresses must not pass for "localhost".
     const bool wildcard = settings_.gateway_ports && (asked.empty() || asked == "*");
     const bool chosen = asked == "127.0.0.1" || asked == "::1" || (settings_.gateway_ports && !wildcard && asked != "localhost");
-    if (wildcard) return bind_ports(id, asked, port, {make_address(AF_INET, "0.0.0.0"), make_address(AF_INET6, "::")});
-    if (!chosen) return bind_ports(id, asked, port, {make_address(AF_INET, "127.0.0.1"), make_address(AF_INET6, "::1")});
+    if (wildcard) return bind_ports(id, "*", port, {make_address(AF_INET, "0.0.0.0"), make_address(AF_INET6, "::")});
+    if (!chosen) return bind_ports(id, "localhost", port, {make_address(AF_INET, "127.0.0.1"), make_address(AF_INET6, "::1")});
     resolver_.look_up(asked, port, [this, id, asked, port](Resolver::Result result) {
       if (result.addresses.empty()) return fail(id, connect_failed, result.error);
       bind_ports(id, asked, port, std::move(result.addresses));
     });
   }
 
-  void bind_ports(std::uint32_t id, const std::string& asked, std::uint16_t port, std::vector<sockaddr_storage> addresses) {
+  void bind_ports(std::uint32_t id, const std::string& name, std::uint16_t port, std::vector<sockaddr_storage> addresses) {
     Listener listener;
     int error = 0;
     bool forbidden = false;
     for (auto& address : addresses) {
       set_port(address, port);
       const auto numeric = Address::from(address);
-      const std::string name = asked.empty() ? "localhost" : asked;
       if (!numeric || (port != 0 && !settings_.remote.allows(name, *numeric, port))) {
         forbidden = true;
         continue;
@@ -389,6 +398,80 @@ class Helper {
       return fail_with(id, error);
     }
     start(id, std::move(listener), 0);
+  }
+
+  /// As sshd 9.2, channels.c x11_create_display_inet() with X11UseLocalhost and session.c do_rc_files().
+  void listen_x11(const X11& asked) {
+    for (unsigned display = first_display; display < last_display; display++) {
+      const auto port = static_cast<std::uint16_t>(6000 + display);
+      Listener listener;
+      bool taken = false;
+      int error = 0;
+      for (auto address : {make_address(AF_INET, "127.0.0.1"), make_address(AF_INET6, "::1")}) {
+        set_port(address, port);
+        UniqueFd fd{::socket(address.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
+        const int on = 1;
+        if (fd && address.ss_family == AF_INET6) ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof on);
+        if (fd) ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+        if (!fd || ::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), length_of(address)) != 0 || ::listen(fd.get(), backlog) != 0) {
+          error = errno;
+          taken = taken || error == EADDRINUSE;
+          continue;
+        }
+        listener.sockets.push_back(std::move(fd));
+      }
+      if (taken) continue;
+      if (listener.sockets.empty()) return fail_with(asked.id, error);
+      return run_xauth(asked, display, std::move(listener));
+    }
+    fail(asked.id, resource_shortage, "no display is free");
+  }
+
+  void run_xauth(const X11& asked, unsigned display, Listener listener) {
+    const std::string name = "unix:" + std::to_string(display) + "." + std::to_string(asked.screen);
+    const std::string input = "remove " + name + "\nadd " + name + " " + std::string{asked.protocol.get()} + " " + std::string{asked.cookie.get()} + "\n";
+    // All that the child needs is made before the fork: a thread that looks a name up may hold malloc's lock at that moment.
+    std::vector<std::string> environment{"HOME=" + settings_.user.home, "USER=" + settings_.user.name, "LOGNAME=" + settings_.user.name, "PATH=/usr/bin:/bin"};
+    std::vector<char*> environ_pointers;
+    for (auto& e : environment) environ_pointers.push_back(e.data());
+    environ_pointers.push_back(nullptr);
+    std::string path = settings_.xauth, quiet = "-q", dash = "-";
+    char* const arguments[] = {path.data(), quiet.data(), dash.data(), nullptr};
+    int ends[2];
+    if (::pipe2(ends, O_CLOEXEC) != 0) return fail_with(asked.id, errno);
+    UniqueFd read_end{ends[0]}, write_end{ends[1]};
+    const pid_t pid = ::fork();
+    if (pid == 0) {
+      sigset_t none;
+      ::sigemptyset(&none);
+      ::sigprocmask(SIG_SETMASK, &none, nullptr);
+      ::signal(SIGPIPE, SIG_DFL);
+      if (::dup2(read_end.get(), 0) < 0 || ::syscall(SYS_close_range, 3U, ~0U, 0U) != 0) ::_exit(127);
+      ::execve(path.c_str(), arguments, environ_pointers.data());
+      ::_exit(127);
+    }
+    if (pid < 0) return fail_with(asked.id, errno);
+    read_end.reset();
+    // Less than a page: it fits an empty pipe.
+    [[maybe_unused]] const auto n = ::write(write_end.get(), input.data(), input.size());
+    write_end.reset();
+    const int pidfd = static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
+    if (pidfd < 0) {
+      ::kill(pid, SIGKILL);
+      ::waitpid(pid, nullptr, 0);
+      return fail(asked.id, resource_shortage, "xauth cannot be watched");
+    }
+    const auto limit = poller_.after(xauth_limit, [pid] { ::kill(pid, SIGKILL); });
+    auto held = std::make_shared<std::pair<UniqueFd, Listener>>(UniqueFd{pidfd}, std::move(listener));
+    poller_.watch(pidfd, POLLIN, [this, held, pid, limit, id = asked.id, display](short) {
+      const auto keep = held;  // forget() destroys this handler
+      int status = 0;
+      if (::waitpid(pid, &status, WNOHANG) != pid) return;
+      poller_.cancel(limit);
+      poller_.forget(keep->first.get());
+      if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) return fail(id, connect_failed, "xauth failed");
+      start(id, std::move(keep->second), static_cast<std::uint16_t>(6000 + display));
+    });
   }
 
   void start(std::uint32_t id, Listener listener, std::uint16_t port) {

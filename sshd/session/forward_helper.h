@@ -25,6 +25,7 @@ enum class Type : std::uint16_t {
   listen = 2,   ///< Target; answered by listening or failed
   cancel = 3,   ///< Ref: ends a listener
   agent = 4,    ///< Ref: a socket for ssh-agent; answered by listening or failed
+  x11 = 5,      ///< X11; answered by listening (port: the display's) or failed, once xauth(1) has run
   // helper -> session
   connected = 20,  ///< Ref + [socket]
   failed = 21,     ///< Failed
@@ -40,6 +41,12 @@ struct Target {
   channel::ForwardKind kind = channel::ForwardKind::tcp;
   std::uint32_t port = 0;
   FixedText<256> target;
+};
+struct X11 {
+  std::uint32_t id = 0;
+  std::uint32_t screen = 0;
+  FixedText<64> protocol;
+  FixedText<256> cookie;
 };
 struct Failed {
   std::uint32_t id = 0;
@@ -65,6 +72,7 @@ struct Settings {
   bool gateway_ports = false;
   bool unlink_sockets = false;
   std::chrono::milliseconds connect_limit{30'000};
+  std::string xauth;  ///< path
 };
 
 /// Forks the process that connects and listens for one connection's forwardings, as the user and with nothing but its socket open, so that

@@ -6,6 +6,7 @@
 #include <netinet/in.h>
 #include <signal.h>
 #include <spdlog/spdlog.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -33,7 +34,7 @@ const char* word(ForwardKind kind) {
   return "?";
 }
 
-std::string describe(ForwardKind kind, const std::string& target, std::uint16_t port) {
+std::string name_of(ForwardKind kind, const std::string& target, std::uint16_t port) {
   return std::string{"kind="} + word(kind) + " target=" + safe_quoted(kind == ForwardKind::tcp ? target + ":" + std::to_string(port) : target);
 }
 
@@ -52,6 +53,7 @@ Forwarding::Forwarding(Host host) : host_{std::move(host)}, helper_{host_.poller
   local_allowed_ = known && f.forwarding.local != 0;
   remote_allowed_ = known && f.forwarding.remote != 0;
   agent_allowed_ = known && f.forwarding.agent != 0;
+  x11_allowed_ = known && f.forwarding.x11 != 0 && !f.xauth.get().empty();
   if (local) local_ = *local;
   if (remote) remote_ = *remote;
 }
@@ -88,7 +90,14 @@ bool Forwarding::start() {
   settings.remote = remote_;
   settings.gateway_ports = host_.facts.gateway_ports != 0;
   settings.unlink_sockets = host_.facts.unlink_sockets != 0;
+  settings.xauth = host_.facts.xauth.get();
   settings.connect_limit = std::chrono::milliseconds{host_.facts.forward_connect_ms};
+  // Descriptors pass through us: as many as there may be forwardings, if net is slow to take them. (The user's programs get PAM's limits.)
+  rlimit files{};
+  if (::getrlimit(RLIMIT_NOFILE, &files) == 0) {
+    files.rlim_cur = files.rlim_max;
+    ::setrlimit(RLIMIT_NOFILE, &files);
+  }
   auto started = host_.start_helper(std::move(settings));
   if (!started) {
     spdlog::error("event=forward_helper_failed connection={} reason=\"{}\"", host_.facts.id().text(), started.error().doing);
@@ -128,7 +137,7 @@ bool Forwarding::on_helper_message(Message& m) {
       const std::string text{f->text.get()};
       if (const auto it = asked_.find(f->id); it != asked_.end()) {
         const Forward& forward = forwards_.at(it->second);
-        log("forward_failed", describe(forward.kind, forward.host, forward.port) + " reason=" + safe_quoted(text));
+        log("forward_failed", name_of(forward.kind, forward.host, forward.port) + " reason=" + safe_quoted(text));
         fail(it->second, f->reason, text);
       } else {
         listen_failed(f->id, text);
@@ -144,12 +153,12 @@ bool Forwarding::on_helper_message(Message& m) {
       listener.pending = false;
       if (listener.watchdog != 0) host_.poller.cancel(std::exchange(listener.watchdog, 0));
       listener.port = static_cast<std::uint16_t>(l->port);
-      if (l->id == agent_listener_) {
-        agent_path_ = l->path.get();
-        agent_answered(true);
+      if (l->id == agent_listener_) agent_path_ = l->path.get();
+      if (const auto done = std::exchange(listener.done, nullptr)) {
+        done(true);
         return true;
       }
-      log("forward_listen", describe(listener.kind, listener.asked, listener.port));
+      log("forward_listen", name_of(listener.kind, listener.asked, listener.port));
       answer_listen(listener.request, true, listener.port);
       return true;
     }
@@ -207,7 +216,7 @@ bool Forwarding::connect(const ch::ForwardTarget& request) {
   f.port = static_cast<std::uint16_t>(request.port);
   const bool possible = local_allowed_ && !over_ && (f.kind == ForwardKind::tcp ? local_.may_allow(f.host, f.port) : local_.may_allow_sockets());
   if (!possible) {
-    log("forward_refused", describe(f.kind, f.host, f.port));
+    log("forward_refused", name_of(f.kind, f.host, f.port));
     refuse(request.number, prohibited, local_allowed_ && local_.limited() ? "forwarding to this target is not allowed" : "forwarding is not allowed here");
     return true;
   }
@@ -239,9 +248,9 @@ bool Forwarding::is_what_was_asked(const Forward& forward, int fd) const {
   if (::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &length) != 0 || type != SOCK_STREAM) return false;
   length = sizeof domain;
   if (::getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) != 0) return false;
-  if (forward.kind != ForwardKind::tcp) return domain == AF_UNIX;
+  if (forward.kind != ForwardKind::tcp && forward.kind != ForwardKind::x11) return domain == AF_UNIX;
   if (domain != AF_INET && domain != AF_INET6) return false;
-  if (forward.direction == Direction::remote) return true;
+  if (forward.direction != Direction::local) return true;
   sockaddr_storage peer{};
   length = sizeof peer;
   if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) return errno == ENOTCONN;  // reset already: net will see it
@@ -256,7 +265,7 @@ void Forwarding::on_connected(std::uint32_t id, UniqueFd fd) {
   const std::uint32_t number = it->second;
   Forward& f = forwards_.at(number);
   if (!is_what_was_asked(f, fd.get())) {
-    spdlog::error("event=forward_helper_lied connection={} {}", host_.facts.id().text(), describe(f.kind, f.host, f.port));
+    spdlog::error("event=forward_helper_lied connection={} {}", host_.facts.id().text(), name_of(f.kind, f.host, f.port));
     return fail(number, prohibited, "forwarding to this target is not allowed");
   }
   asked_.erase(it);
@@ -268,15 +277,18 @@ void Forwarding::on_connected(std::uint32_t id, UniqueFd fd) {
   tell(ch::Type::forward_ready, ch::ForwardReady{number}, std::move(fds));
 }
 
+std::string Forwarding::describe(const Forward& f) {
+  const char* const direction = f.direction == Direction::local ? "local" : f.direction == Direction::remote ? "remote" : f.direction == Direction::agent ? "agent" : "x11";
+  return std::string{"direction="} + direction + " " + name_of(f.kind, f.host, f.port);
+}
+
 bool Forwarding::closed(const ch::ForwardClosed& what) {
   const auto it = forwards_.find(what.number);
   if (it == forwards_.end()) return over_;  // we closed it ourselves meanwhile
   const Forward& f = it->second;
   if (f.asked != 0) return false;
   const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - f.began).count();
-  const char* const direction = f.direction == Direction::local ? "local" : f.direction == Direction::remote ? "remote" : "agent";
-  log("forward", std::string{"direction="} + direction + " " + describe(f.kind, f.host, f.port) + " from_client=" + std::to_string(what.from_client) +
-                     " to_client=" + std::to_string(what.to_client) + " ms=" + std::to_string(ms));
+  log("forward", describe(f) + " from_client=" + std::to_string(what.from_client) + " to_client=" + std::to_string(what.to_client) + " ms=" + std::to_string(ms));
   forwards_.erase(it);
   return true;
 }
@@ -296,9 +308,10 @@ void Forwarding::listen_failed(std::uint32_t id, const std::string& why) {
   if (id == agent_listener_) {
     agent_listener_ = 0;
     agent_path_.clear();
-    return agent_answered(false);
   }
-  log(l.pending ? "forward_listen_failed" : "forward_listen_over", describe(l.kind, l.asked, l.asked_port) + " reason=" + safe_quoted(why));
+  if (l.done) l.done(false);
+  if (over_ || l.kind == ForwardKind::agent || l.kind == ForwardKind::x11) return;
+  log(l.pending ? "forward_listen_failed" : "forward_listen_over", name_of(l.kind, l.asked, l.asked_port) + " reason=" + safe_quoted(why));
   if (l.pending) answer_listen(l.request, false, 0);
 }
 
@@ -314,27 +327,31 @@ bool Forwarding::listen(const ch::ForwardTarget& request) {
   });
   // The words for a loopback listener hold a name or an address, and the client may have left both out: what is bound decides, in the helper.
   const bool possible = remote_allowed_ && !over_ && (l.kind == ForwardKind::tcp || remote_.may_allow_sockets());
-  if (!possible) log("forward_refused", "direction=remote " + describe(l.kind, l.asked, l.asked_port));
+  if (!possible) log("forward_refused", "direction=remote " + name_of(l.kind, l.asked, l.asked_port));
   if (!possible || same || listeners_.size() >= max_forward_listeners || !start()) {
     answer_listen(request.number, false, 0);
     return true;
   }
   const std::uint32_t id = next_id_++;
-  l.watchdog = host_.poller.after(std::chrono::milliseconds{host_.facts.forward_connect_ms} + helper_slack, [this, id] {
+  begin_listening(id, std::move(l));
+  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::listen), helper::Target{id, request.kind, request.port, request.target});
+  return true;
+}
+
+void Forwarding::begin_listening(std::uint32_t id, Listener listener) {
+  listener.watchdog = host_.poller.after(std::chrono::milliseconds{host_.facts.forward_connect_ms} + helper_slack, [this, id] {
     if (const auto it = listeners_.find(id); it != listeners_.end()) it->second.watchdog = 0;
     helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::cancel), helper::Ref{id});
     listen_failed(id, "no answer");
   });
-  listeners_.emplace(id, std::move(l));
-  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::listen), helper::Target{id, request.kind, request.port, request.target});
-  return true;
+  listeners_.emplace(id, std::move(listener));
 }
 
 bool Forwarding::cancel(const ch::ForwardTarget& request) {
   if (!acceptable(request)) return false;
   const std::string asked{request.target.get()};
   const auto it = std::find_if(listeners_.begin(), listeners_.end(), [&](const auto& l) {
-    return !l.second.pending && l.first != agent_listener_ && l.second.kind == request.kind && l.second.asked == asked && l.second.port == request.port;
+    return !l.second.pending && l.second.kind == request.kind && l.second.asked == asked && l.second.port == request.port;
   });
   const bool found = it != listeners_.end();
   if (found) {
@@ -349,19 +366,51 @@ void Forwarding::ask_agent(std::function<void(bool)> done) {
   // Once a connection, as sshd (session.c auth_input_request_forwarding: "authentication forwarding requested twice").
   if (!agent_allowed_ || agent_listener_ != 0 || !start()) return done(false);
   agent_listener_ = next_id_++;
-  agent_waits_ = std::move(done);
   Listener l;
   l.kind = ForwardKind::agent;
-  l.watchdog = host_.poller.after(std::chrono::milliseconds{host_.facts.forward_connect_ms} + helper_slack, [this, id = agent_listener_] {
-    if (const auto it = listeners_.find(id); it != listeners_.end()) it->second.watchdog = 0;
-    listen_failed(id, "no answer");
-  });
-  listeners_.emplace(agent_listener_, std::move(l));
+  l.done = std::move(done);
+  begin_listening(agent_listener_, std::move(l));
   helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::agent), helper::Ref{agent_listener_});
 }
 
-void Forwarding::agent_answered(bool ok) {
-  if (const auto done = std::exchange(agent_waits_, nullptr)) done(ok);
+void Forwarding::ask_x11(const ch::X11& request, std::function<void(bool)> done) {
+  // They become words of xauth's input (CVE-2016-3115 was a newline in one of them); as session.c xauth_valid_string().
+  const auto is_word = [](std::string_view text) {
+    return !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) {
+      return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == ':' || c == '/' || c == '-' || c == '_';
+    });
+  };
+  const bool again = std::any_of(listeners_.begin(), listeners_.end(), [&](const auto& l) { return l.second.kind == ForwardKind::x11 && l.second.channel == request.channel; });
+  if (!x11_allowed_ || again || !is_word(request.protocol.get()) || !is_word(request.cookie.get()) || listeners_.size() >= max_forward_listeners || !start())
+    return done(false);
+  const std::uint32_t id = next_id_++;
+  Listener l;
+  l.kind = ForwardKind::x11;
+  l.channel = request.channel;
+  l.screen = request.screen;
+  l.single = request.single != 0;
+  l.done = std::move(done);
+  begin_listening(id, std::move(l));
+  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::x11), helper::X11{id, request.screen, request.protocol, request.cookie});
+}
+
+std::string Forwarding::display(std::uint32_t channel) const {
+  for (const auto& [id, l] : listeners_)
+    if (l.kind == ForwardKind::x11 && l.channel == channel && !l.pending && l.port >= 6000)
+      return "localhost:" + std::to_string(l.port - 6000) + "." + std::to_string(l.screen);
+  return {};
+}
+
+void Forwarding::channel_closed(std::uint32_t channel) {
+  for (auto it = listeners_.begin(); it != listeners_.end();) {
+    Listener& l = it->second;
+    if (l.kind != ForwardKind::x11 || l.channel != channel || l.pending) {
+      ++it;
+      continue;
+    }
+    helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::cancel), helper::Ref{it->first});
+    it = listeners_.erase(it);
+  }
 }
 
 void Forwarding::on_incoming(const helper::Incoming& said, UniqueFd fd) {
@@ -370,7 +419,7 @@ void Forwarding::on_incoming(const helper::Incoming& said, UniqueFd fd) {
   if (it == listeners_.end() || it->second.pending || over_ || forwards_.size() >= host_.facts.forwards_per_connection) return;
   const Listener& l = it->second;
   Forward f;
-  f.direction = l.kind == ForwardKind::agent ? Direction::agent : Direction::remote;
+  f.direction = l.kind == ForwardKind::agent ? Direction::agent : l.kind == ForwardKind::x11 ? Direction::x11 : Direction::remote;
   f.kind = l.kind;
   f.host = l.asked;
   f.port = l.port;
@@ -385,6 +434,9 @@ void Forwarding::on_incoming(const helper::Incoming& said, UniqueFd fd) {
   std::vector<UniqueFd> fds;
   fds.push_back(std::move(fd));
   tell(ch::Type::forward_incoming, to_net, std::move(fds));
+  if (!l.single) return;
+  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::cancel), helper::Ref{it->first});
+  listeners_.erase(it);
 }
 
 // --- the end --------------------------------------------------------------------------------------------------------------------
@@ -393,8 +445,12 @@ void Forwarding::end(bool tell_net) {
   if (over_) return;
   over_ = true;
   if (tell_net && !forwards_.empty()) tell(ch::Type::forward_end, ch::ForwardEnd{});
-  for (const auto& [number, f] : forwards_)
+  for (const auto& [number, f] : forwards_) {
     if (f.watchdog != 0) host_.poller.cancel(f.watchdog);
+    // net's counts die with it.
+    if (f.asked == 0)
+      log("forward", describe(f) + " cut=1 ms=" + std::to_string(std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - f.began).count()));
+  }
   for (const auto& [id, l] : listeners_)
     if (l.watchdog != 0) host_.poller.cancel(l.watchdog);
   helper_gone();

@@ -51,6 +51,13 @@ class Forwarding {
   /// The socket's path for SSH_AUTH_SOCK; empty: no agent was asked for.
   const std::string& agent_socket() const noexcept { return agent_path_; }
 
+  /// The same for X11 and one session channel.
+  void ask_x11(const channel::X11& request, std::function<void(bool)> done);
+  /// "localhost:10.0"; empty: no X11 was asked for.
+  std::string display(std::uint32_t channel) const;
+  /// A session channel is closed: its display goes.
+  void channel_closed(std::uint32_t channel);
+
   /// No forwarding any more: the helper ends, and with `tell_net` those that run.
   void end(bool tell_net);
   /// Was it the helper that died?
@@ -60,7 +67,7 @@ class Forwarding {
 
  private:
   using Clock = Poller::Clock;
-  enum class Direction { local, remote, agent };
+  enum class Direction { local, remote, agent, x11 };
   struct Forward {
     std::string what;  ///< for the log, safe
     Direction direction = Direction::local;
@@ -78,6 +85,9 @@ class Forwarding {
     std::uint32_t request = 0;  ///< net's number
     bool pending = true;
     Poller::TimerId watchdog = 0;
+    std::uint32_t channel = 0, screen = 0;  ///< of x11
+    bool single = false;
+    std::function<void(bool)> done;         ///< of agent and x11: who waits
   };
 
   bool start();
@@ -86,12 +96,13 @@ class Forwarding {
   void helper_gone();
   void on_connected(std::uint32_t id, UniqueFd fd);
   void on_incoming(const helper::Incoming& said, UniqueFd fd);
+  static std::string describe(const Forward& forward);
   bool is_what_was_asked(const Forward& forward, int fd) const;
   void refuse(std::uint32_t number, std::uint32_t reason, const std::string& text);
   void fail(std::uint32_t number, std::uint32_t reason, const std::string& text);
   void answer_listen(std::uint32_t request, bool ok, std::uint16_t port);
   void listen_failed(std::uint32_t id, const std::string& why);
-  void agent_answered(bool ok);
+  void begin_listening(std::uint32_t id, Listener listener);
   void log(const std::string& name, const std::string& fields);
   template <class Body>
   void tell(channel::Type type, const Body& body, std::vector<UniqueFd> fds = {}) {
@@ -100,7 +111,7 @@ class Forwarding {
 
   Host host_;
   ForwardTargets local_, remote_;
-  bool local_allowed_ = false, remote_allowed_ = false, agent_allowed_ = false;
+  bool local_allowed_ = false, remote_allowed_ = false, agent_allowed_ = false, x11_allowed_ = false;
   Outbox helper_;
   pid_t pid_ = 0;
   bool over_ = false;
@@ -111,7 +122,6 @@ class Forwarding {
   std::uint32_t next_incoming_ = channel::first_incoming;
   std::uint32_t agent_listener_ = 0;
   std::string agent_path_;
-  std::function<void(bool)> agent_waits_;
   unsigned log_tokens_ = forward_log_burst;
   unsigned unlogged_ = 0;
   Clock::time_point log_refilled_ = Clock::now();

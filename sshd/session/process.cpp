@@ -244,7 +244,8 @@ bool SessionProcess::on_grant(Message& m) {
         net_.post(ch::version, static_cast<std::uint16_t>(type), body, std::move(fds));
       },
       [this](const std::string& name, const std::string& fields) { event(name, fields); }, [this] { recorder_lost(); },
-      [this] { sweep_ = true; }, [this] { return forwarding_->agent_socket(); }});
+      [this] { sweep_ = true; }, [this](std::uint32_t channel) { return forwarding_->display(channel); },
+      [this] { return forwarding_->agent_socket(); }});
   begin_forwarding();
   adopt_net();
   begin_limits();
@@ -530,6 +531,7 @@ bool SessionProcess::on_net_message(const Message& m) {
       auto c = std::move(it->second);
       channels_.erase(it);
       c->closed();
+      forwarding_->channel_closed(r->channel);
       closing_.push_back(std::move(c));
       sweep_ = true;
       tell_channels();
@@ -550,7 +552,8 @@ bool SessionProcess::on_net_message(const Message& m) {
     case ch::Type::x11: {
       const auto r = m.body<ch::X11>();
       if (!r || !r->protocol.valid() || !r->cookie.valid() || find(r->channel) == nullptr) return false;
-      answer(r->channel, false);
+      held_.try_emplace(r->channel);
+      forwarding_->ask_x11(*r, [this, number = r->channel](bool ok) { answer_held(number, ok); });
       return true;
     }
     case ch::Type::forward_connect: {

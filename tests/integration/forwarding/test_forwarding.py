@@ -645,3 +645,52 @@ def test_an_agent_that_a_rule_denies_is_not_there_and_the_command_runs(stack, ag
     with stack.capabilities(**rules):
         r = with_agent(stack, agent, "echo \"in ${SSH_AUTH_SOCK:-without}\"", bind=stack.alice if who == "alice" else stack.plain_alice)
     assert r.text == "in without\n"
+
+
+# ---------------------------------------------------------------------------------------------------- X11
+
+class Display(Server):
+    """An X server as far as its first packet: keeps what clients authenticate with, and says one word."""
+
+    def __init__(self):
+        self.hellos = []
+        super().__init__(self._hello)
+
+    def _hello(self, sock):
+        self.hellos.append(sock.recv(4096))
+        sock.sendall(b"welcome")
+
+    @property
+    def name(self):
+        return f"127.0.0.1:{self.port - 6000}"
+
+
+X_CLIENT = """python3 - <<'END'
+import os, socket, struct, subprocess
+display = os.environ["DISPLAY"]
+host, rest = display.split(":")
+number, screen = rest.split(".")
+assert host == "localhost"
+line = subprocess.run(["xauth", "list", "unix:" + number], capture_output=True, text=True).stdout.split()
+protocol, cookie = line[1], bytes.fromhex(line[2])
+pad = lambda b: b + bytes(-len(b) % 4)
+s = socket.create_connection(("localhost", 6000 + int(number)))
+s.sendall(struct.pack("<cxHHHHxx", b"l", 11, 0, len(protocol), len(cookie)) + pad(protocol.encode()) + pad(cookie))
+print(display, s.recv(100).decode())
+END
+stat -c %a ~/.Xauthority"""
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/bin/xauth"), reason="xauth is not installed")
+@pytest.mark.parametrize("allowed", [True, False])
+def test_x_clients_reach_the_clients_display_with_a_cookie_of_their_own(stack, allowed):
+    with Display() as display, stack.capabilities(**({} if allowed else {"plain_alice": [{"x11Forwarding": False}]})):
+        r = stack.ssh(X_CLIENT if allowed else 'echo "in ${DISPLAY:-without}"', bind=stack.plain_alice, arguments=["-Y"], env={"DISPLAY": display.name})
+        if not allowed:
+            assert r.text == "in without\n" and not display.hellos
+            return
+        lines = r.text.splitlines()
+        assert lines and lines[0].startswith("localhost:") and lines[0].endswith(".0 welcome"), r
+        assert lines[1] == "600" and len(display.hellos) == 1
+        port = 6000 + int(lines[0].split(":")[1].split(".")[0])
+        wait_until(lambda: refused(port), "the display is gone", 10)
