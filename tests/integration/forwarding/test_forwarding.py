@@ -188,6 +188,11 @@ def test_a_unix_socket_at_the_servers_side_brings_16_MiB_through_and_back_unchan
         assert server.seen == 1
 
 
+def test_key_exchanges_in_the_middle_lose_nothing(stack):
+    with Server(echo) as server, connection(stack, options=["RekeyLimit=1M"]) as c, dial(c.local(f"127.0.0.1:{server.port}")) as sock:
+        both_ways(sock, 4 << 20)
+
+
 def test_each_way_is_closed_on_its_own(stack):
     with Server(answer_at_the_end) as server, connection(stack) as c, dial(c.local(f"127.0.0.1:{server.port}")) as sock:
         sock.sendall(b"x" * 3_000_000)
@@ -311,6 +316,17 @@ def test_a_cancelled_remote_forwarding_is_gone_and_can_be_had_again(stack):
             assert reached(c, port).startswith(b"8 ")
             assert c.order("cancel", "-R", spec).returncode == 0
             wait_until(lambda: refused(port), "nobody listens", 5)
+
+
+def test_global_requests_are_answered_in_their_order(stack):
+    """A reply names no request (RFC 4254 section 4): the quick answers must not overtake the slow ones."""
+    async def talk():
+        async with await stack.asyncssh(bind=stack.plain_alice) as c:
+            ask = lambda i: c.forward_remote_port("", 0, "127.0.0.1", 1) if i % 2 else c._make_global_request(b"keepalive@openssh.com")
+            answers = await asyncio.gather(*(ask(i) for i in range(40)))
+            return [a.get_port() for a in answers[1::2]], [a[0] for a in answers[0::2]]
+    ports, keepalives = run(talk())
+    assert len(set(ports)) == 20 and all(ports) and len(set(keepalives)) == 1
 
 
 def test_a_port_that_is_taken_is_refused_and_the_connection_lives(stack):
