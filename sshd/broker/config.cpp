@@ -99,12 +99,19 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
     r.path("sftp_server", c.session.sftp_server, true);
     r.duration("orphan_limit", c.session.orphan_limit, 1s, 24h);
   });
+  r.table("forwarding", [&] {
+    r.one_of("gateway_ports", c.forwarding.gateway_ports, {"no", "clientspecified"});
+    r.flag("unlink_sockets", c.forwarding.unlink_sockets);
+    r.duration("connect_timeout", c.forwarding.connect_timeout, 100ms, 10min);
+    r.path("xauth", c.forwarding.xauth, true);
+  });
   r.table("limits", [&] {
     r.duration("login_grace_time", c.limits.login_grace_time, 100ms, 1h);
     r.number("auth_attempts", c.limits.auth_attempts, 1, 100);
     r.number("unauthenticated_connections", c.limits.unauthenticated_connections, 1, 100'000);
     r.number("unauthenticated_connections_per_source", c.limits.unauthenticated_connections_per_source, 1, 100'000);
     r.number("sessions_per_connection", c.limits.sessions_per_connection, 0, 10'000);
+    r.number("forwards_per_connection", c.limits.forwards_per_connection, 0, 4000);
     r.number("connections", c.limits.connections, 1, 1'000'000);
     r.number("warm_workers", c.limits.warm_workers, 0, 1000);
     r.duration("crash_penalty", c.limits.crash_penalty, 0ms, 24h);

@@ -60,12 +60,19 @@ struct Config {
     std::string sftp_server = "/usr/lib/openssh/sftp-server";
     std::chrono::seconds orphan_limit{300};
   } session;
+  struct Forwarding {
+    std::string gateway_ports = "no";  ///< "clientspecified"
+    bool unlink_sockets = false;
+    std::chrono::milliseconds connect_timeout{30'000};
+    std::string xauth = "/usr/bin/xauth";
+  } forwarding;
   struct Limits {
     std::chrono::milliseconds login_grace_time{30'000};
     std::uint32_t auth_attempts = 6;
     std::uint32_t unauthenticated_connections = 1000;
     std::uint32_t unauthenticated_connections_per_source = 100;
     std::uint32_t sessions_per_connection = 10;
+    std::uint32_t forwards_per_connection = 1024;
     std::uint32_t connections = 10'000;
     std::uint32_t warm_workers = 4;
     std::chrono::milliseconds crash_penalty{60'000};

@@ -448,7 +448,7 @@ void Connection::found(const session::User& user) {
               facts_.local_user.set(verdict_.local_user) && facts_.recorder_tag.set(verdict_.recorder_tag) && facts_.relay_socket.set(c.relay.socket) &&
               facts_.registration_socket.set(c.control.registration_socket) && facts_.pam_service.set(c.pam.service) &&
               facts_.pam_confdir.set(c.pam.confdir) && facts_.sftp_server.set(c.session.sftp_server) && verdict_.accept_env.size() <= max_accept_env &&
-              write_rules(rules_, facts_.rules);
+              write_rules(rules_, facts_.rules) && write_forwarding(rules_, verdict_.enforce_recorder, facts_.forwarding) && facts_.xauth.set(c.forwarding.xauth);
   facts_.accepted_at = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
   facts_.policy_version = broker_.policy_version();
   facts_.peer_port = peer_.port;
@@ -464,6 +464,10 @@ void Connection::found(const session::User& user) {
   for (const auto& glob : verdict_.accept_env)
     if (fits) fits = facts_.accept_env[facts_.accept_env_count++].set(glob);
   facts_.sessions_per_connection = c.limits.sessions_per_connection;
+  facts_.gateway_ports = c.forwarding.gateway_ports == "clientspecified";
+  facts_.unlink_sockets = c.forwarding.unlink_sockets;
+  facts_.forwards_per_connection = c.limits.forwards_per_connection;
+  facts_.forward_connect_ms = static_cast<std::uint32_t>(c.forwarding.connect_timeout.count());
   facts_.orphan_limit_seconds = static_cast<std::uint32_t>(c.session.orphan_limit.count());
   facts_.recorder_grace_ms = static_cast<std::uint32_t>(c.recorder.grace.count());
   facts_.recorder_start_ms = static_cast<std::uint32_t>(c.recorder.start_timeout.count());
@@ -598,6 +602,8 @@ std::string Connection::difference(const Node& node) const {
   if (!rules) return "what the network says of its sessions cannot be read: " + rules.error().doing;
   ConnectionFacts::Rules today;
   if (rules->command_conflict || !write_rules(*rules, today) || today != f.rules) return "its session rules changed";
+  ConnectionFacts::Forwarding forwarding;
+  if (!write_forwarding(*rules, verdict.enforce_recorder, forwarding) || forwarding != f.forwarding) return "its session rules on forwarding changed";
   return {};
 }
 

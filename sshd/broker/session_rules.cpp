@@ -1,5 +1,7 @@
 #include "sshd/broker/session_rules.h"
 
+#include "sshd/protocol/forward_targets.h"
+
 #include <algorithm>
 
 namespace postern::sshd::broker {
@@ -29,6 +31,16 @@ bool write_rules(const policy::SessionRules& rules, ConnectionFacts::Rules& into
   }
   into.no_pty = !rules.pty;
   return true;
+}
+
+bool write_forwarding(const policy::SessionRules& rules, bool enforce_recorder, ConnectionFacts::Forwarding& into) {
+  into = {};
+  const auto named = [&](std::string_view name) { return !enforce_recorder || std::find(rules.named.begin(), rules.named.end(), name) != rules.named.end(); };
+  into.local = named("localForward");
+  into.remote = named("remoteForward");
+  into.agent = rules.agent_forwarding && named("agentForwarding");
+  into.x11 = rules.x11_forwarding && named("x11Forwarding");
+  return into.local_targets.set(ForwardTargets::encode(rules.local_forward)) && into.remote_targets.set(ForwardTargets::encode(rules.remote_forward));
 }
 
 }  // namespace postern::sshd::broker

@@ -15,7 +15,11 @@ namespace postern::sshd::broker {
 /// denied. command_conflict is a value, and denies, too.
 Expected<auth::policy::SessionRules> effective_rules(const auth::policy::SessionRules& granted, const Node& source, const Config& config);
 
-/// As the session gets them. False when the command does not fit. (Forwardings are not in the facts yet: all are refused today.)
+/// As the session gets them. False when the command does not fit.
 [[nodiscard]] bool write_rules(const auth::policy::SessionRules& rules, ConnectionFacts::Rules& into);
+
+/// What of forwardings they leave. Under `enforce_recorder` (DESIGN section 1) that is what they name: a forwarding goes around the recording.
+/// False when the targets do not fit (4 KiB each way): half a list would allow too much or too little.
+[[nodiscard]] bool write_forwarding(const auth::policy::SessionRules& rules, bool enforce_recorder, ConnectionFacts::Forwarding& into);
 
 }  // namespace postern::sshd::broker

@@ -59,6 +59,7 @@ Connection::~Connection() {
   for (const auto message : auth_requests_)
     if (message != nullptr) ssh_message_free(message);
   channels_.clear();
+  forwards_.clear();
   if (event_ != nullptr) ssh_event_free(event_);
   if (session_ != nullptr) ssh_free(session_);
 }
@@ -100,6 +101,11 @@ void Connection::run() {
     poller_.run_once();
     if (!done_) turn();
   }
+  // The last counts, for the log.
+  if (login_ != Login::accepted) return;
+  for (const auto& [number, forward] : forwards_)
+    if (forward->handle() != nullptr && !forward->told) tell_forward_closed(number, forward->from_client(), forward->to_client());
+  link_->flush();
 }
 
 bool Connection::client_gone() const { return (ssh_get_status(session_) & (SSH_CLOSED | SSH_CLOSED_ERROR)) != 0; }
@@ -161,7 +167,7 @@ void Connection::collect_messages() {
         handle_service(message);
         ssh_message_free(message);
         break;
-      default:  // tcpip-forward and its like: REQUEST_FAILURE
+      default:  // what our own handlers left to libssh: malformed, or before the login
         ssh_message_reply_default(message);
         ssh_message_free(message);
         break;
@@ -334,7 +340,7 @@ void Connection::on_session_message(Message message) {
   using channel::Type;
   const auto broken = [this] { disconnect(ext::DisconnectReason::by_application, "Internal error."); };
   const auto type = static_cast<Type>(message.type);
-  if (type != Type::started && !message.fds.empty()) return broken();
+  if (type != Type::started && type != Type::forward_ready && type != Type::forward_incoming && !message.fds.empty()) return broken();
   switch (type) {
     case Type::answer_ok:
     case Type::answer_no: {
@@ -378,6 +384,33 @@ void Connection::on_session_message(Message message) {
       const auto text = message.body<channel::ChannelMessage>();
       if (!text) return broken();
       if (SessionChannel* const target = find(text->channel)) target->show(std::string{text->text.get()}, false);
+      return;
+    }
+    case Type::forward_ready: {
+      if (message.fds.size() != 1 || !message.body<channel::ForwardReady>()) return broken();
+      return on_forward_ready(std::move(message));
+    }
+    case Type::forward_failed: {
+      const auto failed = message.body<channel::ForwardFailed>();
+      if (!failed) return broken();
+      return on_forward_failed(*failed);
+    }
+    case Type::forward_incoming: {
+      if (message.fds.size() != 1 || !message.body<channel::ForwardIncoming>()) return broken();
+      return on_forward_incoming(std::move(message));
+    }
+    case Type::forward_listening: {
+      const auto listening = message.body<channel::ForwardListening>();
+      if (!listening) return broken();
+      for (auto& reply : global_replies_)
+        if (reply.number == listening->number && !reply.result) {
+          reply.result = listening->ok != 0;
+          if (reply.show_port) reply.port = listening->port;
+        }
+      return send_global_replies();
+    }
+    case Type::forward_end: {
+      for (auto& [number, forward] : forwards_) forward->abort();
       return;
     }
     case Type::watch_activity: {
@@ -427,10 +460,10 @@ SessionChannel* Connection::find(ssh_channel handle) {
 void Connection::on_channel_open(const ext::ChannelOpen& open) {
   if (!authenticated_ || done_) return;
   if (open.type != "session") {
-    // Forwards, X11 and the agent are granted by rules of a later version; today's answer to all of them is no.
-    const bool known = open.type == "direct-tcpip" || open.type == "direct-streamlocal@openssh.com" || open.type == "tun@openssh.com";
+    if (open.type == "direct-tcpip" || open.type == "direct-streamlocal@openssh.com") return ask_forward(open);
+    const bool known = open.type == "tun@openssh.com";
     ext::refuse_open(session_, open, known ? ext::OpenFailure::prohibited : ext::OpenFailure::unknown_type,
-                     known ? "forwarding is not allowed here" : "unknown channel type");
+                     known ? "tunnels are not offered here" : "unknown channel type");
     return;
   }
   if (channels_.size() >= max_channels) {
@@ -520,18 +553,35 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
       target.asked(request.want_reply);
       link_->send(wire(channel::Type::send_break), channel::ChannelRef{number});
       return;
+    case Kind::agent:
+      if (target.start_asked) return refuse();  // the program has its environment already
+      target.asked(request.want_reply);
+      link_->send(wire(channel::Type::agent), channel::ChannelRef{number});
+      return;
+    case Kind::x11: {
+      channel::X11 body;
+      body.channel = number;
+      body.single = request.single ? 1 : 0;
+      body.screen = request.screen;
+      if (target.start_asked || !body.protocol.set(request.text) || !body.cookie.set(request.value)) return refuse();
+      target.asked(request.want_reply);
+      link_->send(wire(channel::Type::x11), body);
+      return;
+    }
     case Kind::other: return refuse();
   }
 }
 
 void Connection::serve_channels() {
   if (done_ || login_ != Login::accepted) return;
-  const bool alone = channels_.size() == 1;
+  const bool alone = channels_.size() + forwards_.size() == 1;
   // libssh may handle packets for one channel while it writes for another: a second look, at most three times, so that nobody starves.
   bool again = true;
   bool moved = false;
+  forwards_first_ = !forwards_first_;
   for (int round = 0; again && round < 4; round++) {
     again = false;
+    if (forwards_first_) again = serve_forwards(alone, moved);
     for (auto& [number, channel] : channels_)
       if (round == 0 || channel->needs_turn()) channel->turn(alone);
     for (auto it = channels_.begin(); it != channels_.end();) {
@@ -547,10 +597,139 @@ void Connection::serve_channels() {
       again = again || channel.needs_turn();
       ++it;
     }
+    if (!forwards_first_) again = serve_forwards(alone, moved) || again;
   }
   for (auto& [number, channel] : channels_) channel->update_watches();
+  const bool sends = may_send();
+  for (auto& [number, forward] : forwards_) forward->update_watch(sends);
   if (moved && report_interval_.count() > 0) report_activity();
   if (again) poller_.after(std::chrono::milliseconds{0}, [] {});  // the rest in the next turn, at once
+}
+
+// ---------------------------------------------------------------- forwardings
+
+bool Connection::may_send() const { return !ext::exchanging_keys(session_) && (ssh_get_status(session_) & SSH_WRITE_PENDING) == 0; }
+
+/// One turn of each that has something to do, the one behind the last sender first: a fast one must not keep the others waiting. True when
+/// there is more to do.
+bool Connection::serve_forwards(bool alone, bool& moved) {
+  if (forwards_.empty()) return false;
+  const std::size_t most = alone ? SessionChannel::shared_read : 64 * 1024;
+  auto it = forwards_.upper_bound(last_served_);
+  for (std::size_t left = forwards_.size(); left > 0; left--) {
+    if (it == forwards_.end()) it = forwards_.begin();
+    if (it->second->needs_turn(may_send()) && it->second->turn(most)) last_served_ = it->first;
+    ++it;
+  }
+  bool again = false;
+  for (auto at = forwards_.begin(); at != forwards_.end();) {
+    ForwardChannel& forward = *at->second;
+    moved = forward.take_moved() || moved;
+    if (forward.finished() && !std::exchange(forward.told, true)) tell_forward_closed(at->first, forward.from_client(), forward.to_client());
+    if (forward.gone()) {
+      at = forwards_.erase(at);
+      continue;
+    }
+    again = again || forward.needs_turn(may_send());
+    ++at;
+  }
+  return again;
+}
+
+void Connection::tell_forward_closed(std::uint32_t number, std::uint64_t from_client, std::uint64_t to_client) {
+  link_->send(wire(channel::Type::forward_closed), channel::ForwardClosed{number, 0, from_client, to_client});
+}
+
+void Connection::ask_forward(const ext::ChannelOpen& open) {
+  const auto refuse = [&](ext::OpenFailure reason, const char* text) { ext::refuse_open(session_, open, reason, text); };
+  const bool tcp = open.type == "direct-tcpip";
+  channel::ForwardTarget body;
+  body.kind = tcp ? channel::ForwardKind::tcp : channel::ForwardKind::unix_socket;
+  body.port = tcp ? open.port : 0;
+  // Code 2 as sshd for what cannot be connected to, whatever the rules say of it.
+  if (open.malformed || open.target.empty() || open.target.find('\0') != std::string::npos || !body.target.set(open.target) ||
+      (tcp && (open.port == 0 || open.port > 65535)))
+    return refuse(ext::OpenFailure::connect_failed, "this is not a target");
+  if (forwards_.size() >= max_forwards) return refuse(ext::OpenFailure::resource_shortage, "too many forwardings on this connection");
+  while (forwards_.contains(next_forward_)) next_forward_ = (next_forward_ + 1) % 65536;
+  body.number = next_forward_;
+  next_forward_ = (next_forward_ + 1) % 65536;
+  forwards_.emplace(body.number, std::make_unique<ForwardChannel>(body.number, open, poller_));
+  link_->send(wire(channel::Type::forward_connect), body);
+}
+
+void Connection::on_forward_ready(Message message) {
+  const auto it = forwards_.find(message.body<channel::ForwardReady>()->number);
+  if (it == forwards_.end() || it->second->handle() != nullptr) return;
+  ssh_channel handle = ext::accept_open(session_, it->second->open_request());
+  if (handle == nullptr) return disconnect(ext::DisconnectReason::by_application, "Internal error.");
+  it->second->opened(session_, handle, std::move(message.fds.front()), true);
+}
+
+void Connection::on_forward_failed(const channel::ForwardFailed& failed) {
+  const auto it = forwards_.find(failed.number);
+  if (it == forwards_.end() || it->second->handle() != nullptr) return;
+  const bool known = failed.reason >= 1 && failed.reason <= 4;
+  ext::refuse_open(session_, it->second->open_request(), known ? static_cast<ext::OpenFailure>(failed.reason) : ext::OpenFailure::connect_failed,
+                   std::string{failed.text.get()});
+  forwards_.erase(it);
+}
+
+void Connection::on_forward_incoming(Message message) {
+  const auto said = *message.body<channel::ForwardIncoming>();
+  if (said.number < channel::first_incoming || forwards_.contains(said.number)) return disconnect(ext::DisconnectReason::by_application, "Internal error.");
+  if (forwards_.size() >= max_forwards) return tell_forward_closed(said.number, 0, 0);
+  ext::OutgoingOpen open;
+  switch (said.kind) {
+    case channel::ForwardKind::tcp: open.type = ext::OutgoingOpen::Type::forwarded_tcpip; break;
+    case channel::ForwardKind::unix_socket: open.type = ext::OutgoingOpen::Type::forwarded_socket; break;
+    case channel::ForwardKind::agent: open.type = ext::OutgoingOpen::Type::agent; break;
+    case channel::ForwardKind::x11: open.type = ext::OutgoingOpen::Type::x11; break;
+  }
+  open.target = said.target.get();
+  open.port = said.port;
+  open.origin = said.origin.get();
+  open.origin_port = said.origin_port;
+  ssh_channel handle = ext::open_outgoing(session_, open);
+  if (handle == nullptr) return disconnect(ext::DisconnectReason::by_application, "Internal error.");
+  auto forward = std::make_unique<ForwardChannel>(said.number, ext::ChannelOpen{}, poller_);
+  forward->opened(session_, handle, std::move(message.fds.front()), false);
+  forwards_.emplace(said.number, std::move(forward));
+}
+
+void Connection::on_global_request(ext::GlobalRequest request) {
+  using Kind = ext::GlobalRequest::Kind;
+  if (!authenticated_ || done_) return;
+  if (global_replies_.size() >= max_waiting_global_requests) return disconnect(ext::DisconnectReason::protocol_error, "Too many requests at once.");
+  GlobalReply reply{next_request_++, request.want_reply, false, std::nullopt};
+  const bool tcp = request.kind == Kind::listen_tcp || request.kind == Kind::cancel_tcp;
+  if (tcp || request.kind == Kind::listen_socket || request.kind == Kind::cancel_socket) {
+    channel::ForwardTarget body;
+    body.number = reply.number;
+    body.kind = tcp ? channel::ForwardKind::tcp : channel::ForwardKind::unix_socket;
+    body.port = tcp ? request.port : 0;
+    const bool listen = request.kind == Kind::listen_tcp || request.kind == Kind::listen_socket;
+    reply.show_port = request.kind == Kind::listen_tcp && request.port == 0;
+    // As sshd: who asks for any port and wants no answer would never learn which.
+    if (request.port > 65535 || request.target.find('\0') != std::string::npos || (reply.show_port && !request.want_reply) || !body.target.set(request.target))
+      reply.result = false;
+    else
+      link_->send(wire(listen ? channel::Type::forward_listen : channel::Type::forward_cancel), body);
+  } else {
+    if (request.kind == Kind::no_more_sessions) ext::refuse_more_sessions(session_);
+    // keepalive@openssh.com and all else: as sshd, which knows none of them but hostkeys-prove (serverloop.c, server_input_global_request).
+    reply.result = request.kind == Kind::no_more_sessions;
+  }
+  global_replies_.push_back(reply);
+  send_global_replies();
+}
+
+void Connection::send_global_replies() {
+  while (!global_replies_.empty() && global_replies_.front().result) {
+    const GlobalReply& reply = global_replies_.front();
+    if (reply.want_reply) ext::reply_global(session_, *reply.result, reply.port);
+    global_replies_.pop_front();
+  }
 }
 
 void Connection::report_activity() {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "base/poller.h"
+#include "sshd/net/channel_forward.h"
 #include "sshd/net/channel_session.h"
 #include "sshd/net/libssh_ext.h"
 #include "sshd/net/link.h"
@@ -26,7 +27,10 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   static constexpr std::chrono::milliseconds flush_limit{200};     ///< for the last words on a live connection
   static constexpr std::chrono::milliseconds release_delay{1000};  ///< after the login: memory of the key exchange goes back
   static constexpr std::size_t max_waiting_auth_requests = 32;     ///< sent ahead without waiting for answers (RFC 4252 section 5.1)
-  static constexpr std::size_t max_channels = 128;                 ///< those that wait for the client's CLOSE included
+  static constexpr std::size_t max_channels = 128;                 ///< session channels; those that wait for the client's CLOSE included
+  /// Likewise; session's own limit (limits.forwards_per_connection) is lower or this holds.
+  static constexpr std::size_t max_forwards = 4096;
+  static constexpr std::size_t max_waiting_global_requests = 512;
 
   /// `socket`: the client's, connected. `broker`: our socketpair's end.
   Connection(ext::Server& server, UniqueFd socket, Link broker, const Serve& settings);
@@ -45,6 +49,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   void on_auth_request(bool acceptable) override;
   void on_channel_open(const ext::ChannelOpen& open) override;
   void on_channel_request(ssh_channel handle, ext::ChannelRequest request) override;
+  void on_global_request(ext::GlobalRequest request) override;
   // ext::Signer
   std::string sign(std::size_t key, Digest digest, std::string_view hash) override;
 
@@ -63,6 +68,15 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   void on_verdict(Message message);
   void on_disconnect(const std::string& text);
   void handle_request(SessionChannel& channel, ext::ChannelRequest request);
+
+  void ask_forward(const ext::ChannelOpen& open);
+  void on_forward_ready(Message message);
+  void on_forward_failed(const channel::ForwardFailed& failed);
+  void on_forward_incoming(Message message);
+  void tell_forward_closed(std::uint32_t number, std::uint64_t from_client, std::uint64_t to_client);
+  void send_global_replies();
+  bool may_send() const;
+  bool serve_forwards(bool alone, bool& moved);
 
   SessionChannel* find(std::uint32_t number);
   SessionChannel* find(ssh_channel handle);
@@ -102,6 +116,19 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   };
   std::map<std::uint32_t, Limits> limits_;
   std::uint32_t next_number_ = 0;
+  std::map<std::uint32_t, std::unique_ptr<ForwardChannel>> forwards_;
+  std::uint32_t next_forward_ = 0;
+  std::uint32_t last_served_ = 0;  ///< the forwarding that sent last: the next one comes first
+  bool forwards_first_ = false;    ///< sessions and forwardings take turns
+  struct GlobalReply {
+    std::uint32_t number;
+    bool want_reply;
+    bool show_port;  ///< port 0 was asked for
+    std::optional<bool> result;
+    std::uint32_t port = 0;
+  };
+  std::deque<GlobalReply> global_replies_;  ///< in the order of the requests, whoever answers them
+  std::uint32_t next_request_ = 0;
   std::chrono::milliseconds report_interval_{0};  ///< 0: nobody asked whether bytes move
   Poller::TimerId report_timer_ = 0;
   bool unreported_ = false;

@@ -118,6 +118,16 @@ int on_channel_open(ssh_session session, std::uint8_t, ssh_buffer packet, void*)
   if (!view.ok() || open.max_packet == 0 || the_observer == nullptr || (session->flags & SSH_SESSION_FLAG_AUTHENTICATED) == 0 ||
       (open.type == "session" && (session->flags & SSH_SESSION_FLAG_NO_MORE_SESSIONS) != 0))
     return SSH_PACKET_NOT_USED;
+  if (open.type == "direct-tcpip") {  // RFC 4254 section 7.2; where the client's connection comes from is its own tale
+    open.target = view.text();
+    open.port = view.u32();
+    view.text();
+    view.u32();
+    open.malformed = !view.ok();
+  } else if (open.type == "direct-streamlocal@openssh.com") {  // OpenSSH PROTOCOL 2.4
+    open.target = view.text();
+    open.malformed = !view.ok();
+  }
   the_observer->on_channel_open(open);
   return SSH_PACKET_USED;
 }
@@ -163,12 +173,41 @@ int on_channel_request(ssh_session session, std::uint8_t, ssh_buffer packet, voi
   } else if (name == "break") {
     request.kind = Kind::send_break;
     view.u32();  // milliseconds (RFC 4335); tcsendbreak has one length
+  } else if (name == "auth-agent-req@openssh.com") {
+    request.kind = Kind::agent;
+  } else if (name == "x11-req") {  // RFC 4254 section 6.3.1
+    request.kind = Kind::x11;
+    request.single = view.u8() != 0;
+    request.text = view.text();
+    request.value = view.text();
+    request.screen = view.u32();
   }
   if (!view.ok()) request.kind = Kind::other;  // malformed: refused like an unknown one
   the_observer->on_channel_request(channel, std::move(request));
   return SSH_PACKET_USED;
 }
 
+int on_global_request(ssh_session session, std::uint8_t, ssh_buffer packet, void*) {
+  using Kind = GlobalRequest::Kind;
+  View view{packet};
+  const std::string name = view.text();
+  GlobalRequest request;
+  request.want_reply = view.u8() != 0;
+  if (!view.ok() || the_observer == nullptr || (session->flags & SSH_SESSION_FLAG_AUTHENTICATED) == 0) return SSH_PACKET_NOT_USED;
+  if (name == "tcpip-forward" || name == "cancel-tcpip-forward") {  // RFC 4254 section 7.1
+    request.kind = name == "tcpip-forward" ? Kind::listen_tcp : Kind::cancel_tcp;
+    request.target = view.text();
+    request.port = view.u32();
+  } else if (name == "streamlocal-forward@openssh.com" || name == "cancel-streamlocal-forward@openssh.com") {  // OpenSSH PROTOCOL 2.4
+    request.kind = name == "streamlocal-forward@openssh.com" ? Kind::listen_socket : Kind::cancel_socket;
+    request.target = view.text();
+  } else if (name == "no-more-sessions@openssh.com") {
+    request.kind = Kind::no_more_sessions;
+  }
+  if (!view.ok()) request.kind = Kind::other;
+  the_observer->on_global_request(std::move(request));
+  return SSH_PACKET_USED;
+}
 
 }  // namespace
 
@@ -261,6 +300,7 @@ void observe_packets(ssh_session session, PacketObserver& observer) {
   static ssh_packet_callback table[SSH2_MSG_CHANNEL_REQUEST + 1] = {};
   static ssh_packet_callbacks_struct callbacks{0, SSH2_MSG_CHANNEL_REQUEST + 1, table, nullptr};
   table[SSH2_MSG_USERAUTH_REQUEST] = on_auth_request;
+  table[SSH2_MSG_GLOBAL_REQUEST] = on_global_request;
   table[SSH2_MSG_CHANNEL_OPEN] = on_channel_open;
   table[SSH2_MSG_CHANNEL_REQUEST] = on_channel_request;
   the_observer = &observer;
@@ -289,6 +329,36 @@ void refuse_open(ssh_session session, const ChannelOpen& open, OpenFailure reaso
 
 void reply_request(ssh_channel channel, bool success) {
   send_packet(channel->session, "bd", success ? SSH2_MSG_CHANNEL_SUCCESS : SSH2_MSG_CHANNEL_FAILURE, channel->remote_channel);
+}
+
+void reply_global(ssh_session session, bool success, std::uint32_t port) {
+  if (success && port != 0)
+    send_packet(session, "bd", SSH2_MSG_REQUEST_SUCCESS, port);
+  else
+    send_packet(session, "b", success ? SSH2_MSG_REQUEST_SUCCESS : SSH2_MSG_REQUEST_FAILURE);
+}
+
+void refuse_more_sessions(ssh_session session) { session->flags |= SSH_SESSION_FLAG_NO_MORE_SESSIONS; }
+
+ssh_channel open_outgoing(ssh_session session, const OutgoingOpen& open) {
+  ssh_channel channel = ssh_channel_new(session);
+  if (channel == nullptr) return nullptr;
+  channel->local_channel = ssh_channel_new_id(session);
+  channel->local_window = initial_window;
+  channel->local_maxpacket = max_packet;
+  channel->state = SSH_CHANNEL_STATE_OPENING;
+  const auto send = [&](const char* format, const char* type, auto... more) {
+    send_packet(session, format, SSH2_MSG_CHANNEL_OPEN, type, channel->local_channel, channel->local_window, channel->local_maxpacket, more...);
+  };
+  switch (open.type) {
+    case OutgoingOpen::Type::forwarded_tcpip:
+      send("bsdddsdsd", "forwarded-tcpip", open.target.c_str(), open.port, open.origin.c_str(), open.origin_port);
+      break;
+    case OutgoingOpen::Type::forwarded_socket: send("bsdddss", "forwarded-streamlocal@openssh.com", open.target.c_str(), ""); break;
+    case OutgoingOpen::Type::agent: send("bsddd", "auth-agent@openssh.com"); break;
+    case OutgoingOpen::Type::x11: send("bsdddsd", "x11", open.origin.c_str(), open.origin_port); break;
+  }
+  return channel;
 }
 
 bool exchanging_keys(ssh_session session) {

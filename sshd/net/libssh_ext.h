@@ -67,14 +67,37 @@ struct ChannelOpen {
   std::uint32_t sender = 0;  ///< the client's number
   std::uint32_t window = 0;
   std::uint32_t max_packet = 0;
+  std::string target;      ///< direct-tcpip: host; direct-streamlocal@openssh.com: path
+  std::uint32_t port = 0;  ///< direct-tcpip
+  bool malformed = false;  ///< what those two have beyond other channels cannot be read
+};
+
+/// A channel that the server opens.
+struct OutgoingOpen {
+  enum class Type { forwarded_tcpip, forwarded_socket, agent, x11 };
+  Type type = Type::forwarded_tcpip;
+  std::string target;  ///< listen address as the client asked for it, or the path
+  std::uint32_t port = 0;
+  std::string origin;
+  std::uint32_t origin_port = 0;
+};
+
+struct GlobalRequest {
+  enum class Kind { listen_tcp, cancel_tcp, listen_socket, cancel_socket, no_more_sessions, other };
+  Kind kind = Kind::other;
+  bool want_reply = false;
+  std::string target;
+  std::uint32_t port = 0;
 };
 
 struct ChannelRequest {
-  enum class Kind { pty, env, shell, exec, subsystem, window_change, signal, send_break, other };
+  enum class Kind { pty, env, shell, exec, subsystem, window_change, signal, send_break, agent, x11, other };
   Kind kind = Kind::other;
   bool want_reply = false;
-  std::string text;   ///< pty: TERM; env: name; exec: command; subsystem, signal: name
-  std::string value;  ///< pty: encoded terminal modes (RFC 4254 section 8); env: value
+  std::string text;   ///< pty: TERM; env: name; exec: command; subsystem, signal: name; x11: authentication protocol
+  std::string value;  ///< pty: encoded terminal modes (RFC 4254 section 8); env: value; x11: cookie
+  bool single = false;       ///< x11: one connection only
+  std::uint32_t screen = 0;  ///< x11
   std::uint32_t cols = 0, rows = 0, xpixels = 0, ypixels = 0;
 };
 
@@ -89,6 +112,9 @@ class PacketObserver {
   virtual void on_channel_open(const ChannelOpen& open) = 0;
   /// Every CHANNEL_REQUEST on a channel of ours; the observer answers by reply_request() if want_reply, in the order of the requests.
   virtual void on_channel_request(ssh_channel channel, ChannelRequest request) = 0;
+  /// Every GLOBAL_REQUEST after authentication; the observer answers by reply_global() if want_reply, in the order of the requests (RFC 4254
+  /// section 4: replies name no request).
+  virtual void on_global_request(GlobalRequest request) = 0;
 };
 /// Before the handshake. One session a process.
 void observe_packets(ssh_session session, PacketObserver& observer);
@@ -101,6 +127,13 @@ inline constexpr std::uint32_t max_packet = 32 * 1024;            ///< OpenSSH's
 enum class OpenFailure : std::uint32_t { prohibited = 1, connect_failed = 2, unknown_type = 3, resource_shortage = 4 };
 void refuse_open(ssh_session session, const ChannelOpen& open, OpenFailure reason, const std::string& text);
 void reply_request(ssh_channel channel, bool success);
+/// REQUEST_SUCCESS, with `port` where one was asked for (tcpip-forward of port 0), or REQUEST_FAILURE.
+void reply_global(ssh_session session, bool success, std::uint32_t port = 0);
+/// The client opens no session any more (OpenSSH PROTOCOL 2.2); forwardings it may.
+void refuse_more_sessions(ssh_session session);
+/// Asks the client for a channel. libssh takes the answer: channel_open_response_function of its callbacks. nullptr = out of memory. Not to
+/// be freed before the answer: one to a channel that is not there ends the connection.
+ssh_channel open_outgoing(ssh_session session, const OutgoingOpen& open);
 /// A key exchange runs: libssh takes no channel data now.
 bool exchanging_keys(ssh_session session);
 /// eow@openssh.com (OpenSSH PROTOCOL 2.1): the program reads no more.

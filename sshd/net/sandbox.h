@@ -48,7 +48,7 @@ class SystemCallFilter {
 };
 
 struct WorkerLimits {
-  std::size_t descriptors = 1024;                ///< 3 a session and 2
+  std::size_t descriptors = 5120;                ///< 3 a session, one a forwarding (Connection::max_forwards), and 2
   std::size_t data_bytes = 512u * 1024 * 1024;   ///< heap and other private memory; not under AddressSanitizer
 };
 

@@ -10,7 +10,8 @@
 // no descriptors ever from net; anything else ends the connection (kill net, HUP the programs).
 // session is trusted by net.
 //
-// Channel numbers are net's (0 .. 65535, never reused within a connection while open).
+// Channel numbers are net's (0 .. 65535, never reused within a connection while open). Forwardings are numbered likewise and apart from
+// channels; those that somebody else began (a listener of ours was connected to) have a number of session's, from first_incoming on.
 namespace postern::sshd::channel {
 
 inline constexpr std::uint16_t version = 1;
@@ -19,6 +20,7 @@ inline constexpr std::size_t max_command = 128 * 1024;
 inline constexpr std::size_t max_env_name = 256;
 inline constexpr std::size_t max_env_value = 16 * 1024;
 inline constexpr std::size_t max_env_count = 128;  ///< per channel
+inline constexpr std::uint32_t first_incoming = 0x80000000;
 
 enum class Type : std::uint16_t {
   // net -> session. "answered": session replies with answer_ok or answer_no for that channel, in order.
@@ -32,6 +34,12 @@ enum class Type : std::uint16_t {
   closed = 8,         ///< ChannelRef: the client closed the channel (or net did, after exited was sent)
   ask_sign = 9,       ///< net::AskSign, for a rekey: session forwards it to the broker; answered by signature
   activity = 10,      ///< Activity: bytes moved on a session channel since the last one; only when watch_activity asked for it
+  forward_connect = 11,  ///< ForwardTarget; answered by forward_ready or forward_failed
+  forward_listen = 12,   ///< ForwardTarget, `number` is a request's; answered by forward_listening
+  forward_cancel = 13,   ///< ForwardTarget as it was listened on; answered by forward_listening
+  forward_closed = 14,   ///< ForwardClosed: a forwarding is over, or the client refused one that came in
+  agent = 15,            ///< ChannelRef: auth-agent-req@openssh.com (answered)
+  x11 = 16,              ///< X11 (answered)
 
   // session -> net
   answer_ok = 20,    ///< Answer
@@ -42,6 +50,11 @@ enum class Type : std::uint16_t {
   disconnect = 25,   ///< Disconnect: show the text on every open session channel's stderr, then SSH_MSG_DISCONNECT and exit
   message = 26,      ///< ChannelMessage: a line for the user on that channel's stderr (pty: stdout), before anything else
   watch_activity = 27,  ///< WatchActivity: from now on, tell when bytes move
+  forward_ready = 28,      ///< ForwardReady + the connected socket, non-blocking
+  forward_failed = 29,     ///< ForwardFailed
+  forward_listening = 30,  ///< ForwardListening
+  forward_incoming = 31,   ///< ForwardIncoming + the accepted socket, non-blocking: open a channel to the client
+  forward_end = 32,        ///< ForwardEnd: close all forwardings
 };
 
 struct ChannelRef {
@@ -109,6 +122,54 @@ struct Activity {
 struct ChannelMessage {
   std::uint32_t channel = 0;
   FixedText<1024> text;
+};
+
+
+// Forwardings (RFC 4254 section 7, OpenSSH's PROTOCOL 2.4, RFC 9987's agent and RFC 4254 section 6.3's X11). net knows only what its client
+// asked for; session asks the rules, and a process that runs as the user connects or listens.
+enum class ForwardKind : std::uint32_t { tcp = 0, unix_socket = 1, agent = 2, x11 = 3 };
+struct ForwardTarget {
+  std::uint32_t number = 0;
+  ForwardKind kind = ForwardKind::tcp;  ///< tcp or unix_socket
+  std::uint32_t port = 0;               ///< 0 .. 65535; of a socket 0
+  FixedText<256> target;                ///< host or listen address as the client wrote it, or a path
+};
+struct ForwardReady {
+  std::uint32_t number = 0;
+};
+struct ForwardFailed {
+  std::uint32_t number = 0;
+  std::uint32_t reason = 0;  ///< of SSH_MSG_CHANNEL_OPEN_FAILURE (RFC 4254 section 5.1)
+  FixedText<256> text;
+};
+struct ForwardListening {
+  std::uint32_t number = 0;  ///< the request's
+  std::uint32_t ok = 0;
+  std::uint32_t port = 0;    ///< where it listens
+};
+struct ForwardIncoming {
+  std::uint32_t number = 0;
+  ForwardKind kind = ForwardKind::tcp;
+  std::uint32_t port = 0;           ///< it listens there
+  std::uint32_t origin_port = 0;
+  FixedText<256> target;            ///< the listen address or path as the client wrote it
+  FixedText<64> origin;             ///< numeric address
+};
+/// The counts are for the log: net can lie about them as it can about what it shows its client.
+struct ForwardClosed {
+  std::uint32_t number = 0;
+  std::uint32_t spare = 0;
+  std::uint64_t from_client = 0, to_client = 0;  ///< bytes
+};
+struct ForwardEnd {
+  std::uint32_t spare = 0;
+};
+struct X11 {
+  std::uint32_t channel = 0;
+  std::uint32_t single = 0;  ///< 1: one connection, then no more
+  std::uint32_t screen = 0;
+  FixedText<64> protocol;    ///< "MIT-MAGIC-COOKIE-1"
+  FixedText<256> cookie;     ///< hexadecimal
 };
 
 }  // namespace postern::sshd::channel

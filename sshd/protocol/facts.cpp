@@ -22,6 +22,15 @@ bool ConnectionFacts::Rules::valid() const noexcept {
   return command.valid() && max_duration_seconds > 0 && idle_timeout_seconds > 0 && record_input <= 1 && sftp <= Sftp::none && no_pty <= 1 && spare == 0;
 }
 
+bool ConnectionFacts::Forwarding::operator==(const Forwarding& other) const noexcept {
+  return local == other.local && remote == other.remote && agent == other.agent && x11 == other.x11 && local_targets.get() == other.local_targets.get() &&
+         remote_targets.get() == other.remote_targets.get();
+}
+
+bool ConnectionFacts::Forwarding::valid() const noexcept {
+  return local <= 1 && remote <= 1 && agent <= 1 && x11 <= 1 && local_targets.valid() && remote_targets.valid();
+}
+
 Expected<UniqueFd> seal_facts(const ConnectionFacts& facts) {
   ConnectionFacts copy = facts;
   copy.magic = ConnectionFacts::expected_magic;
@@ -41,16 +50,17 @@ Expected<ConnectionFacts> read_facts(int memfd) {
   struct stat st {};
   if (::fstat(memfd, &st) != 0) return bad("it cannot be read");
   const auto size = static_cast<std::size_t>(st.st_size);
-  if (size != sizeof(ConnectionFacts) && size != facts_version_1_size) return bad("its size is not ours");
+  if (size != sizeof(ConnectionFacts) && size != facts_version_2_size) return bad("its size is not ours");
   ConnectionFacts facts;  // what an older one does not have keeps its default
   if (::pread(memfd, &facts, size, 0) != st.st_size) return bad("it cannot be read");
   if (facts.magic != ConnectionFacts::expected_magic || facts.size != size) return bad("it is not ours");
-  if (facts.version != (size == facts_version_1_size ? 1 : 2)) return bad("its version is not ours");
+  if (facts.version != (size == facts_version_2_size ? 2 : 3)) return bad("its version is not ours");
   bool ok = facts.exchange_hash.valid() && facts.peer_address.valid() && facts.server_address.valid() && facts.node_id.valid() &&
             facts.node_name.valid() && facts.login.valid() && facts.tags.valid() && facts.server_node_id.valid() && facts.rule.valid() &&
             facts.ssh_user.valid() && facts.local_user.valid() && facts.recorder_tag.valid() && facts.relay_socket.valid() && facts.registration_socket.valid() &&
             facts.pam_service.valid() && facts.pam_confdir.valid() && facts.sftp_server.valid() && facts.recorder_count <= max_recorders &&
-            facts.accept_env_count <= max_accept_env && facts.rules.valid();
+            facts.accept_env_count <= max_accept_env && facts.rules.valid() && facts.forwarding.valid() &&
+            facts.gateway_ports <= 1 && facts.unlink_sockets <= 1 && facts.xauth.valid();
   for (const auto& r : facts.recorders) ok = ok && r.valid();
   for (const auto& e : facts.accept_env) ok = ok && e.valid();
   if (!ok) return bad("a length in it is wrong");

@@ -23,7 +23,7 @@ struct ConnectionFacts {
   static constexpr std::uint32_t expected_magic = 0x50535446;  // "PSTF"
   std::uint32_t magic = expected_magic;
   std::uint32_t size = 0;      ///< sizeof(ConnectionFacts) of the writer
-  std::uint16_t version = 2;   ///< of this layout; a reader takes its own version and the one before
+  std::uint16_t version = 3;   ///< of this layout; a reader takes its own version and the one before
   std::uint16_t spare = 0;
   std::uint64_t policy_version = 0;  ///< counts loads of the policy in the broker that decided
 
@@ -49,7 +49,7 @@ struct ConnectionFacts {
   FixedText<128> recorder_tag;   ///< the rule's; a node that joins or leaves under it changes nothing
   std::uint8_t record = 0;            ///< 1: sessions are recorded
   std::uint8_t enforce_recorder = 0;  ///< 1: no recording, no session (fail closed)
-  std::uint8_t allow_forwarding = 0;  ///< for a later issue; 0 here
+  std::uint8_t spare1 = 0;
   std::uint8_t spare2 = 0;
   std::uint32_t recorder_count = 0;
   std::array<FixedText<64>, max_recorders> recorders;  ///< "127.0.2.1:80", "[fd7a::1]:80", in the order of choice
@@ -84,6 +84,24 @@ struct ConnectionFacts {
     bool operator==(const Rules& other) const noexcept;
     bool valid() const noexcept;
   } rules;
+  std::uint32_t padding = 0;  ///< version 2 ended with it
+
+  /// Since version 3: what of forwardings is allowed, enforceRecorder considered. The defaults allow all, so that facts of version 2 (whose
+  /// sessions refuse every forwarding) compare as what holds where nothing is limited.
+  struct Forwarding {
+    std::uint8_t local = 1, remote = 1, agent = 1, x11 = 1;  ///< 0: none at all
+    FixedText<4096> local_targets, remote_targets;           ///< forward_targets.h; empty: every target
+
+    bool operator==(const Forwarding& other) const noexcept;
+    bool valid() const noexcept;
+  } forwarding;
+  // [forwarding] of posternd.toml; a connection keeps what it began with.
+  std::uint8_t gateway_ports = 0;   ///< 1: a client chooses the address that -R listens on; 0: loopback whatever it says
+  std::uint8_t unlink_sockets = 0;  ///< 1: a socket file in the way of -R is removed (StreamLocalBindUnlink)
+  std::uint16_t spare3 = 0;
+  std::uint32_t forwards_per_connection = 1024;
+  std::uint32_t forward_connect_ms = 30'000;
+  FixedText<256> xauth;             ///< path of xauth(1); empty: no X11
 
   Id id() const { return Id{connection_id}; }
 };
@@ -91,11 +109,14 @@ static_assert(std::is_trivially_copyable_v<ConnectionFacts>);
 /// Version 1 ended where the rules begin.
 inline constexpr std::size_t facts_version_1_size = 13'176;
 static_assert(offsetof(ConnectionFacts, rules) == facts_version_1_size);
+/// Version 2 where the forwardings begin.
+inline constexpr std::size_t facts_version_2_size = 14'224;
+static_assert(offsetof(ConnectionFacts, forwarding) == facts_version_2_size);
 
 /// A sealed memfd that holds `facts`.
 Expected<UniqueFd> seal_facts(const ConnectionFacts& facts);
 
-/// Reads and checks one: seals, size, magic, version (N and N-1), every length. EBADMSG for anything else.
+/// Reads and checks one: seals, size, magic, version (N and N-1: 3 and 2), every length. EBADMSG for anything else.
 Expected<ConnectionFacts> read_facts(int memfd);
 
 }  // namespace postern::sshd

@@ -327,7 +327,7 @@ void SessionChannel::spawn() {
   launch.user = host_.user;
   launch.command = command_;
   launch.environment = make_environment({host_.facts, host_.user, environment_, host_.pam_environment,
-                                         terminal_ ? terminal_->path : std::string{}, terminal_ ? term_ : std::string{}, original_command_});
+                                         terminal_ ? terminal_->path : std::string{}, terminal_ ? term_ : std::string{}, original_command_, host_.agent_socket(), host_.display(number_)});
   std::vector<UniqueFd> theirs, to_net;
   ch::Started started;
   const UniqueFd entrance = host_.tree.entrance();

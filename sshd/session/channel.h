@@ -39,6 +39,8 @@ struct ChannelHost {
   std::function<void(const std::string& name, const std::string& fields)> event;
   std::function<void()> recorder_lost;  ///< fail closed: every session of the connection is to end
   std::function<void()> changed;        ///< something finished: look at finished() later, outside of any handler
+  std::function<std::string(std::uint32_t channel)> display = [](std::uint32_t) { return std::string{}; };  ///< for DISPLAY
+  std::function<std::string()> agent_socket = [] { return std::string{}; };  ///< the client's ssh-agent is reached there; empty: nowhere
 };
 
 /// One SSH session channel: what was asked for it, its program, its descriptors or its tee.

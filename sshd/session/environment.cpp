@@ -94,6 +94,8 @@ std::vector<std::string> make_environment(const EnvironmentRequest& request) {
       std::string{f.peer_address.get()} + " " + std::to_string(f.peer_port) + " " + std::to_string(f.server_port));
   set(all, "SSH_CONNECTION", ssh_connection(f));
   if (!request.terminal.empty()) set(all, "SSH_TTY", request.terminal);
+  if (!request.display.empty()) set(all, "DISPLAY", request.display);
+  if (!request.agent_socket.empty()) set(all, "SSH_AUTH_SOCK", request.agent_socket);
   if (request.original_command) set(all, "SSH_ORIGINAL_COMMAND", *request.original_command);
   std::vector<std::string> result;
   result.reserve(all.size());

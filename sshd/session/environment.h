@@ -29,6 +29,8 @@ struct EnvironmentRequest {
   std::string terminal;                       ///< "/dev/pts/7" or empty
   std::string term;                           ///< TERM, or empty
   std::optional<std::string> original_command = {};  ///< SSH_ORIGINAL_COMMAND, where another command is forced
+  std::string agent_socket = {};  ///< SSH_AUTH_SOCK, or empty
+  std::string display = {};       ///< DISPLAY, or empty
 };
 /// In the order of sshd 9.2 (session.c do_setup_env), later ones win: client, USER LOGNAME HOME PATH MAIL SHELL TZ TERM, PAM, SSH_*.
 std::vector<std::string> make_environment(const EnvironmentRequest& request);

@@ -31,6 +31,9 @@ namespace ses = sshd::session;
 /// Channels that the client closed and whose programs or recordings are not over; more, and no new channel is opened.
 constexpr std::size_t lingering_factor = 4;
 constexpr std::uint32_t largest_channel = 65535;
+/// Requests of one channel that wait for the helper. A client that sends more (signals, say) while the user keeps the helper from answering
+/// loses its connection.
+constexpr std::size_t most_held = 1024;
 
 UniqueFd open_pidfd(pid_t pid) { return UniqueFd{static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))}; }
 
@@ -241,10 +244,28 @@ bool SessionProcess::on_grant(Message& m) {
         net_.post(ch::version, static_cast<std::uint16_t>(type), body, std::move(fds));
       },
       [this](const std::string& name, const std::string& fields) { event(name, fields); }, [this] { recorder_lost(); },
-      [this] { sweep_ = true; }});
+      [this] { sweep_ = true; }, [this](std::uint32_t channel) { return forwarding_->display(channel); },
+      [this] { return forwarding_->agent_socket(); }});
+  begin_forwarding();
   adopt_net();
   begin_limits();
   return true;
+}
+
+void SessionProcess::begin_forwarding() {
+  forwarding_ = std::make_unique<Forwarding>(Forwarding::Host{
+      poller_, facts_,
+      [this](helper::Settings settings) {
+        const UniqueFd entrance = tree_->entrance();  // what ends the user's programs ends it
+        settings.user = user_;
+        settings.process = user_settings_;
+        settings.cgroup_procs = entrance.get();
+        return helper::start(settings);
+      },
+      [this](ch::Type type, std::span<const std::byte> body, std::vector<UniqueFd> fds) {
+        net_.post(ch::version, static_cast<std::uint16_t>(type), body, std::move(fds));
+      },
+      [this](const std::string& name, const std::string& fields) { event(name, fields); }});
 }
 
 void SessionProcess::begin_limits() {
@@ -408,7 +429,37 @@ SessionChannel* SessionProcess::find(std::uint32_t number) {
   return it == channels_.end() ? nullptr : it->second.get();
 }
 
+/// Requests of one channel are answered in their order (RFC 4254 section 5.4), and its program wants to know the agent's socket: what comes
+/// behind a question to the helper waits. False: too much.
+bool SessionProcess::hold(const Message& m, bool& held) {
+  held = false;
+  const auto type = static_cast<ch::Type>(m.type);
+  const bool of_channel = (type >= ch::Type::open && type <= ch::Type::closed) || type == ch::Type::agent || type == ch::Type::x11;
+  std::uint32_t number = 0;
+  if (held_.empty() || !of_channel || m.bytes.size() < sizeof number) return true;
+  std::memcpy(&number, m.bytes.data(), sizeof number);
+  const auto it = held_.find(number);
+  if (it == held_.end()) return true;
+  held = true;
+  if (it->second.size() >= most_held) return false;
+  it->second.push_back({m.version, m.type, m.bytes, {}});
+  return true;
+}
+
+void SessionProcess::answer_held(std::uint32_t number, bool ok) {
+  const auto it = held_.find(number);
+  if (it == held_.end()) return;  // the client is gone
+  const std::deque<Message> waiting = std::move(it->second);
+  held_.erase(it);
+  net_.send(ch::version, static_cast<std::uint16_t>(ok ? ch::Type::answer_ok : ch::Type::answer_no), ch::Answer{number, 0});
+  for (const Message& m : waiting)
+    if (phase_ != Phase::leaving && !on_net_message(m)) return violation("message type " + std::to_string(m.type) + " of " + std::to_string(m.bytes.size()) + " bytes");
+}
+
 bool SessionProcess::on_net_message(const Message& m) {
+  bool held = false;
+  if (!hold(m, held)) return false;
+  if (held) return true;
   const auto answer = [this](std::uint32_t number, bool ok) {
     net_.send(ch::version, static_cast<std::uint16_t>(ok ? ch::Type::answer_ok : ch::Type::answer_no), ch::Answer{number, 0});
   };
@@ -480,6 +531,7 @@ bool SessionProcess::on_net_message(const Message& m) {
       auto c = std::move(it->second);
       channels_.erase(it);
       c->closed();
+      forwarding_->channel_closed(r->channel);
       closing_.push_back(std::move(c));
       sweep_ = true;
       tell_channels();
@@ -489,6 +541,37 @@ bool SessionProcess::on_net_message(const Message& m) {
       if (!m.body<ch::Activity>() || !limits_ || !limits_->watches_activity()) return false;
       limits_->activity();
       return true;
+    }
+    case ch::Type::agent: {
+      const auto r = m.body<ch::ChannelRef>();
+      if (!r || find(r->channel) == nullptr) return false;
+      held_.try_emplace(r->channel);
+      forwarding_->ask_agent([this, number = r->channel](bool ok) { answer_held(number, ok); });
+      return true;
+    }
+    case ch::Type::x11: {
+      const auto r = m.body<ch::X11>();
+      if (!r || !r->protocol.valid() || !r->cookie.valid() || find(r->channel) == nullptr) return false;
+      held_.try_emplace(r->channel);
+      forwarding_->ask_x11(*r, [this, number = r->channel](bool ok) { answer_held(number, ok); });
+      return true;
+    }
+    case ch::Type::forward_connect: {
+      const auto r = m.body<ch::ForwardTarget>();
+      if (limits_) limits_->activity();
+      return r && forwarding_->connect(*r);
+    }
+    case ch::Type::forward_listen: {
+      const auto r = m.body<ch::ForwardTarget>();
+      return r && forwarding_->listen(*r);
+    }
+    case ch::Type::forward_cancel: {
+      const auto r = m.body<ch::ForwardTarget>();
+      return r && forwarding_->cancel(*r);
+    }
+    case ch::Type::forward_closed: {
+      const auto r = m.body<ch::ForwardClosed>();
+      return r && forwarding_->closed(*r);
     }
     case ch::Type::ask_sign: {
       const auto ask = m.body<net::AskSign>();
@@ -564,6 +647,8 @@ void SessionProcess::net_gone() {
   net_.close();
   const bool first = phase_ != Phase::leaving;
   phase_ = Phase::leaving;
+  held_.clear();
+  if (forwarding_) forwarding_->end(false);
   for (auto& [number, c] : channels_) {
     c->closed();
     closing_.push_back(std::move(c));
@@ -628,6 +713,7 @@ void SessionProcess::recorder_lost() {
   if (revoked_) return;
   spdlog::warn("event=recorder_lost_for_good connection={}", facts_.id().text());
   event("recorder_lost", "action=end");
+  if (forwarding_) forwarding_->end(true);  // those that a rule names in spite of enforceRecorder end with the recording that they stand beside
   for (auto& [number, c] : channels_)
     c->lose_recorder("\r\nRecording is required here, and no recorder can be reached: this session ends.\r\n");
   for (auto& c : closing_) c->lose_recorder({});
@@ -637,6 +723,7 @@ void SessionProcess::recorder_lost() {
 void SessionProcess::reap() {
   int status = 0;
   for (pid_t p; (p = ::waitpid(-1, &status, WNOHANG)) > 0;) {
+    if (forwarding_ && forwarding_->child_exited(p)) continue;
     for (auto& [number, c] : channels_)
       if (c->pid() == p) {
         c->child_exited(status);
@@ -659,6 +746,7 @@ void SessionProcess::sweep() {
 bool SessionProcess::done() const {
   if (net_.is_open()) return false;
   if (revoked_ && !waited_) return false;
+  if (forwarding_ && !forwarding_->finished()) return false;
   return closing_.empty();
 }
 

@@ -9,6 +9,7 @@
 #include "sshd/protocol/net.h"
 #include "sshd/protocol/session.h"
 #include "sshd/session/channel.h"
+#include "sshd/session/forwarding.h"
 #include "sshd/session/holder.h"
 #include "sshd/session/limits.h"
 #include "sshd/session/outbox.h"
@@ -74,6 +75,9 @@ class SessionProcess {
   // net
   void read_net();
   bool on_net_message(const Message& m);
+  void begin_forwarding();
+  bool hold(const Message& m, bool& held);
+  void answer_held(std::uint32_t number, bool ok);
   void violation(const std::string& what);
   void begin_limits();
   bool may_sign();
@@ -114,6 +118,8 @@ class SessionProcess {
   std::map<std::uint32_t, std::unique_ptr<SessionChannel>> channels_;  // open ones, by net's number
   std::vector<std::unique_ptr<SessionChannel>> closing_;               // closed ones with something left
   std::unique_ptr<TimeLimits> limits_;
+  std::unique_ptr<Forwarding> forwarding_;
+  std::map<std::uint32_t, std::deque<Message>> held_;  // requests of channels whose agent is being asked for: answers keep their order
   bool sweep_ = false;
   std::uint32_t told_channels_ = 0;
 

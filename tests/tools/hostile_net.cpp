@@ -41,7 +41,8 @@ json sizes() {
           {"signature", sizeof(net::Signature)}, {"serve", sizeof(net::Serve)}, {"zygote_hello", sizeof(net::ZygoteHello)},
           {"worker_died", sizeof(net::WorkerDied)}, {"forked", sizeof(net::Forked)}, {"pty", sizeof(channel::Pty)}, {"env", sizeof(channel::Env)},
           {"start", sizeof(channel::Start)}, {"window_change", sizeof(channel::WindowChange)}, {"signal", sizeof(channel::Signal)},
-          {"started", sizeof(channel::Started)}, {"exited", sizeof(channel::Exited)}, {"disconnect", sizeof(channel::Disconnect)}};
+          {"started", sizeof(channel::Started)}, {"exited", sizeof(channel::Exited)}, {"disconnect", sizeof(channel::Disconnect)},
+          {"forward", sizeof(channel::ForwardTarget)}, {"forward_closed", sizeof(channel::ForwardClosed)}, {"x11", sizeof(channel::X11)}};
 }
 
 /// What this program was started with: its descriptors (but for the one that reads the folder) and its environment.

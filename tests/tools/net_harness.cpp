@@ -30,6 +30,7 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <thread>
 
 using namespace postern;
 namespace net = postern::sshd::net;
@@ -306,6 +307,38 @@ void Client::on_channel(Message& message) {
       }
       return;
     }
+    case Type::forward_connect: {  // to user "echo" what is connected to echoes; to all others nothing is allowed
+      const auto target = *message.body<chan::ForwardTarget>();
+      tell({{"event", "connect"}, {"target", target.target.get()}, {"port", target.port}});
+      int ends[2];
+      if (user_ == "echo" && ::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) == 0) {
+        send_to(session_.get(), chan::version, Type::forward_ready, chan::ForwardReady{target.number}, {ends[0]});
+        ::close(ends[0]);
+        ::fcntl(ends[1], F_SETFL, O_RDWR);
+        std::thread{[fd = ends[1]] {
+          char buffer[65536];
+          for (ssize_t n; (n = ::read(fd, buffer, sizeof buffer)) > 0;)
+            for (ssize_t done = 0, part; done < n; done += part)
+              if ((part = ::write(fd, buffer + done, static_cast<std::size_t>(n - done))) < 0) break;
+          ::close(fd);
+        }}.detach();
+        return;
+      }
+      chan::ForwardFailed failed{target.number, 1, {}};
+      static_cast<void>(failed.text.set("forwarding is not allowed here"));
+      return send_to(session_.get(), chan::version, Type::forward_failed, failed);
+    }
+    case Type::forward_listen:
+    case Type::forward_cancel: {
+      const auto target = *message.body<chan::ForwardTarget>();
+      return send_to(session_.get(), chan::version, Type::forward_listening, chan::ForwardListening{target.number, user_ == "echo" ? 1u : 0u, 4242});
+    }
+    case Type::forward_closed: {
+      const auto closed = *message.body<chan::ForwardClosed>();
+      return tell({{"event", "forward_closed"}, {"from_client", closed.from_client}, {"to_client", closed.to_client}});
+    }
+    case Type::agent: return answer(message.body<chan::ChannelRef>()->channel, false);
+    case Type::x11: return answer(message.body<chan::X11>()->channel, false);
     case Type::ask_sign: return send_to(session_.get(), chan::version, Type::signature, sign(message));
     default: return end();
   }

@@ -83,3 +83,31 @@ TEST_CASE("rules go into the facts as they are", "[broker][session_rules]") {
 TEST_CASE("every command that the reader takes fits the facts", "[broker][session_rules]") {
   CHECK(auth::policy::max_forced_command == sizeof(ConnectionFacts::Rules{}.command.text));
 }
+
+TEST_CASE("where nothing is said every forwarding is allowed, and none under enforceRecorder", "[broker][session_rules]") {
+  ConnectionFacts::Forwarding f;
+  REQUIRE(write_forwarding({}, false, f));
+  CHECK(f == ConnectionFacts::Forwarding{});
+  REQUIRE(write_forwarding({}, true, f));
+  CHECK((f.local == 0 && f.remote == 0 && f.agent == 0 && f.x11 == 0));
+}
+
+TEST_CASE("under enforceRecorder what a source names is allowed, within what it says", "[broker][session_rules]") {
+  SessionRules r;
+  r.local_forward = {{"db:5432"}};
+  r.agent_forwarding = false;
+  r.named = {"agentForwarding", "localForward"};
+  ConnectionFacts::Forwarding f;
+  REQUIRE(write_forwarding(r, true, f));
+  CHECK((f.local == 1 && f.remote == 0 && f.agent == 0 && f.x11 == 0));
+  CHECK(f.local_targets.get() == "db:5432\n\f");
+  REQUIRE(write_forwarding(r, false, f));
+  CHECK((f.remote == 1 && f.x11 == 1));
+}
+
+TEST_CASE("targets that do not fit the facts are no targets", "[broker][session_rules]") {
+  SessionRules r;
+  ConnectionFacts::Forwarding f;
+  for (int i = 0; i < 300; i++) r.remote_forward.resize(1), r.remote_forward[0].push_back("host-" + std::to_string(i) + ".example.com:80");
+  CHECK_FALSE(write_forwarding(r, false, f));
+}

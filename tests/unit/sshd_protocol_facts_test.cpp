@@ -37,14 +37,16 @@ ConnectionFacts some() {
   f.rules.max_sessions = 0;
   f.rules.sftp = ConnectionFacts::Rules::Sftp::none;
   f.rules.no_pty = 1;
+  f.forwarding.agent = 0;
+  REQUIRE(f.forwarding.local_targets.set("db:5432\n\f"));
   return f;
 }
 
-/// The same as a broker of version 1 sealed it.
-std::string version_1(ConnectionFacts f) {
-  f.version = 1;
-  f.size = facts_version_1_size;
-  return bytes_of(f).substr(0, facts_version_1_size);
+/// The same as a broker of version 2 sealed it.
+std::string version_2(ConnectionFacts f) {
+  f.version = 2;
+  f.size = facts_version_2_size;
+  return bytes_of(f).substr(0, facts_version_2_size);
 }
 
 }  // namespace
@@ -55,19 +57,23 @@ TEST_CASE("facts come back as they were sealed, rules included", "[protocol][fac
   REQUIRE(fd);
   const auto back = read_facts(fd->get());
   REQUIRE(back);
-  CHECK(back->version == 2);
+  CHECK(back->version == 3);
   CHECK(back->local_user.get() == "alice");
   CHECK(back->rules == f.rules);
   CHECK_FALSE(back->rules == ConnectionFacts::Rules{});
+  CHECK(back->forwarding == f.forwarding);
+  CHECK_FALSE(back->forwarding == ConnectionFacts::Forwarding{});
 }
 
-TEST_CASE("facts of the version before read as facts without rules", "[protocol][facts]") {
-  const auto back = read_facts(sealed(version_1(some())).get());
+TEST_CASE("facts of the version before read as facts without limits on forwarding", "[protocol][facts]") {
+  const auto back = read_facts(sealed(version_2(some())).get());
   REQUIRE(back);
-  CHECK(back->version == 1);
+  CHECK(back->version == 2);
   CHECK(back->local_user.get() == "alice");
   CHECK(back->sftp_server.get() == "/usr/lib/openssh/sftp-server");
-  CHECK(back->rules == ConnectionFacts::Rules{});
+  CHECK(back->rules == some().rules);
+  CHECK(back->forwarding == ConnectionFacts::Forwarding{});
+  CHECK(back->forwards_per_connection == 1024);
 }
 
 TEST_CASE("facts whose version, size or values are not ours are refused", "[protocol][facts]") {
@@ -78,11 +84,12 @@ TEST_CASE("facts whose version, size or values are not ours are refused", "[prot
     return bytes_of(f);
   };
   CHECK_FALSE(refused(bytes_of(some())));
-  CHECK(refused(changed([](auto& f) { f.version = 3; })));
-  CHECK(refused(changed([](auto& f) { f.version = 1; })));               // with the size of version 2
-  CHECK(refused(changed([](auto& f) { f.size = facts_version_1_size; })));
-  CHECK(refused(bytes_of(some()).substr(0, facts_version_1_size)));      // version 2, cut
-  CHECK(refused(version_1(some()) + std::string(8, '\0')));
+  CHECK(refused(changed([](auto& f) { f.version = 4; })));
+  CHECK(refused(changed([](auto& f) { f.version = 2; })));               // with the size of version 3
+  CHECK(refused(changed([](auto& f) { f.size = facts_version_2_size; })));
+  CHECK(refused(bytes_of(some()).substr(0, facts_version_2_size)));      // version 3, cut
+  CHECK(refused(bytes_of(some()).substr(0, facts_version_1_size)));
+  CHECK(refused(version_2(some()) + std::string(8, '\0')));
   CHECK(refused(bytes_of(some()) + "x"));
   CHECK(refused(""));
   CHECK(refused(changed([](auto& f) { f.magic++; })));
@@ -90,6 +97,9 @@ TEST_CASE("facts whose version, size or values are not ours are refused", "[prot
   CHECK(refused(changed([](auto& f) { f.rules.sftp = static_cast<ConnectionFacts::Rules::Sftp>(3); })));
   CHECK(refused(changed([](auto& f) { f.rules.no_pty = 2; })));
   CHECK(refused(changed([](auto& f) { f.rules.record_input = 9; })));
+  CHECK(refused(changed([](auto& f) { f.forwarding.local = 2; })));
+  CHECK(refused(changed([](auto& f) { f.forwarding.remote_targets.length = 4097; })));
+  CHECK(refused(changed([](auto& f) { f.gateway_ports = 2; })));
   CHECK(refused(changed([](auto& f) { f.rules.idle_timeout_seconds = 0; })));
   CHECK(refused(changed([](auto& f) { f.rules.max_duration_seconds = 0; })));
   CHECK_FALSE(read_facts(sealed(bytes_of(some()), F_SEAL_SHRINK).get()));

@@ -31,6 +31,8 @@ VERSION = 1
 SERVE, SIGNATURE, VERDICT, ASK_SIGN, ASK_LOGIN, NOTE = 20, 21, 22, 30, 31, 32
 # channel.h
 OPEN, PTY, ENV, START, WINDOW, SIGNAL, BREAK, CLOSED, SIGN = range(1, 10)
+CONNECT, LISTEN, CANCEL, FORWARD_CLOSED, AGENT, X11 = range(11, 17)
+READY, FAILED, LISTENING, INCOMING = range(28, 32)
 OK, NO, STARTED, EXITED, CHANNEL_SIGNATURE, DISCONNECT, MESSAGE = range(20, 27)
 SHELL, EXEC, SUBSYSTEM = range(3)
 
@@ -76,11 +78,24 @@ def send_signal(channel: int, name: bytes, length: int | None = None) -> bytes:
     return struct.pack("<I", channel) + text(name, 16, length)
 
 
+def forward(number: int, target: bytes, port: int = 0, kind: int = 0, length: int | None = None) -> bytes:
+    """kind: 0 host and port, 1 a unix socket."""
+    return struct.pack("<III", number, kind, port) + text(target, 256, length)
+
+
+def forward_closed(number: int, from_client: int = 0, to_client: int = 0) -> bytes:
+    return struct.pack("<IIQQ", number, 0, from_client, to_client)
+
+
+def x11(channel: int, protocol: bytes = b"MIT-MAGIC-COOKIE-1", cookie: bytes = b"00", protocol_length=None, cookie_length=None) -> bytes:
+    return struct.pack("<III", channel, 0, 0) + text(protocol, 64, protocol_length) + text(cookie, 256, cookie_length)
+
+
 def check_sizes() -> None:
     """What we pack is what the headers say."""
     real = json.loads(subprocess.run([BIN / "hostile_net", "--sizes"], stdout=subprocess.PIPE, check=True).stdout)
     ours = {"ask_sign": ask_sign(b""), "ask_login": ask_login(b""), "note": note(b""), "pty": pty(0), "env": env(0, b"", b""), "start": start(0, 0),
-            "window_change": window(0), "signal": send_signal(0, b"")}
+            "window_change": window(0), "signal": send_signal(0, b""), "forward": forward(0, b""), "forward_closed": forward_closed(0), "x11": x11(0)}
     assert {k: len(v) for k, v in ours.items()} == {k: real[k] for k in ours}
 
 

@@ -12,8 +12,9 @@ import time
 import pytest
 
 from harness import SLACK, rng, wait_until
-from puppet import (ASK_LOGIN, BREAK, CHANNEL_SIGNATURE, CLOSED, DISCONNECT, ENV, EXEC, EXITED, MESSAGE, NO, OK, OPEN, PTY, SHELL, SIGN, SIGNAL, START,
-                    STARTED, SUBSYSTEM, WINDOW, ask_login, ask_sign, env, pty, ref, send_signal, start, window)
+from puppet import (AGENT, ASK_LOGIN, BREAK, CANCEL, CHANNEL_SIGNATURE, CLOSED, CONNECT, DISCONNECT, ENV, EXEC, EXITED, FAILED, FORWARD_CLOSED, INCOMING,
+                    LISTEN, LISTENING, MESSAGE, NO, OK, OPEN, PTY, READY, SHELL, SIGN, SIGNAL, START, STARTED, SUBSYSTEM, WINDOW, X11, ask_login, ask_sign,
+                    env, forward, forward_closed, pty, ref, send_signal, start, window, x11)
 
 HASH = b"\xa5" * 32
 NULL = os.open("/dev/null", os.O_RDWR)
@@ -51,6 +52,26 @@ VIOLATIONS = {
     "a signal longer than its field": [(OPEN, ref(0)), (SIGNAL, send_signal(0, b"TERM", 17))],
     "a hash longer than its field": [(SIGN, ask_sign(HASH, length=65))],
     "a question for a signature that is short": [(SIGN, ask_sign(HASH)[:-1])],
+    **{f"a forwarding message, type {t}, of {n} bytes": [(t, bytes(n))] for t in (CONNECT, LISTEN, CANCEL, FORWARD_CLOSED, AGENT, X11) for n in (0, 3, 271, 273, 9000)},
+    **{f"a forwarding answer from the wrong side, {t}": [(t, bytes(8))] for t in (READY, FAILED, LISTENING, INCOMING, 32)},
+    "a forwarding's number that is session's": [(CONNECT, forward(0x80000000, b"127.0.0.1", 1))],
+    "a forwarding's number that is too large": [(CONNECT, forward(65536, b"127.0.0.1", 1))],
+    "a forwarding twice": [(CONNECT, forward(1, b"192.0.2.1", 1)), (CONNECT, forward(1, b"192.0.2.1", 1))],
+    "a target longer than its field": [(CONNECT, forward(1, b"x", 1, length=257))],
+    "a port that is none": [(CONNECT, forward(1, b"127.0.0.1", 65536))],
+    "a kind of forwarding that there is not": [(CONNECT, forward(1, b"x", 1, kind=4))],
+    "a connect to the agent": [(CONNECT, forward(1, b"x", 1, kind=2))],
+    "a unix socket with a port": [(CONNECT, forward(1, b"/tmp/x", 1, kind=1))],
+    "a listener on a port that is none": [(LISTEN, forward(1, b"", 0xFFFFFFFF))],
+    "a listen address longer than its field": [(LISTEN, forward(1, b"", 0, length=0xFFFFFFFF))],
+    "a cancel longer than its field": [(CANCEL, forward(1, b"", 0, length=300))],
+    "the end of a forwarding that was not": [(FORWARD_CLOSED, forward_closed(7))],
+    "the end of one that came in and did not": [(FORWARD_CLOSED, forward_closed(0x80000001))],
+    "the end of one that is being connected": [(CONNECT, forward(1, b"192.0.2.1", 1)), (FORWARD_CLOSED, forward_closed(1))],
+    "an agent for no channel": [(AGENT, ref(5))],
+    "X11 for no channel": [(X11, x11(5))],
+    "an X11 cookie longer than its field": [(OPEN, ref(0)), (X11, x11(0, cookie_length=257))],
+    "an X11 protocol longer than its field": [(OPEN, ref(0)), (X11, x11(0, protocol_length=65))],
     "more than a message may have": [(OPEN, bytes(192 * 1024 + 1))],
 }
 
@@ -88,6 +109,9 @@ def test_random_messages_never_hurt_posternd_or_a_session(net):
                 (ENV, env(c, random.choice([b"LANG", b"LD_PRELOAD", b"A=B", b"", random.randbytes(6)]), random.randbytes(20))),
                 (START, start(c, random.randrange(3), random.choice([b"", b"sftp", b"true", random.randbytes(30)]))),
                 (WINDOW, window(c, random.getrandbits(32), random.getrandbits(32))), (SIGNAL, send_signal(c, random.choice([b"TERM", b"KILL", b"", b"-1", b"0"]))),
+                (AGENT, ref(c)), (X11, x11(c)), (CONNECT, forward(random.choice([0, 1, 2, 65535]), random.choice([b"127.0.0.1", b"localhost", random.randbytes(9)]), random.choice([0, 1, 80]))),
+                (CONNECT, forward(3, random.choice([b"/tmp/nothing", b"", b"/" + random.randbytes(150)]), 0, 1)), (LISTEN, forward(c, random.choice([b"", b"::1", b"*"]), 0)),
+                (LISTEN, forward(c, b"/nowhere/x", 0, 1)), (CANCEL, forward(c, b"", random.choice([0, 8080]))), (FORWARD_CLOSED, forward_closed(c)),
                 (BREAK, ref(c)), (CLOSED, ref(c)), (SIGN, ask_sign(random.randbytes(random.choice([0, 16, 32]))))])
             if random.random() < 0.05:
                 body = body[: random.randrange(len(body) + 1)]
@@ -282,3 +306,56 @@ def test_a_reload_during_a_login_counts(net):
     finally:
         stack.nodes_file.write_text(nodes)
         stack.set_policy(before)
+
+
+def test_targets_that_are_none_are_refused_and_the_connection_lives(net, inside):
+    """Whatever bytes net passes on as a name: they reach the log as \\xNN, getaddrinfo(3) or nothing, and no path of root's."""
+    for i, (target, port, kind) in enumerate([(b"", 1, 0), (b"a\0b", 1, 0), (b"\n\x1b[31m event=forged", 1, 0), (b"x" * 256, 1, 0), (b"127.0.0.1", 0, 0),
+                                              (b"", 0, 1), (b"/tmp/a\0b", 0, 1), (b"/" + b"y" * 255, 0, 1), (b"/etc/shadow", 0, 1), (b"/run/nothing.sock", 0, 1)]):
+        inside.say(CONNECT, forward(i, target, port, kind))
+        said = inside.answer(40)
+        assert said.type == FAILED and struct.unpack_from("<I", said.body)[0] == i, said
+        assert struct.unpack_from("<I", said.body, 4)[0] in (1, 2, 4)
+    for i, (target, kind) in enumerate([(b"\0", 1), (b"relative", 1), (b"/root/postern-test", 1), (b"/" + b"y" * 255, 1)]):
+        inside.say(LISTEN, forward(i, target, 0, kind))
+        said = inside.answer()
+        assert said.type == LISTENING and struct.unpack_from("<II", said.body) == (i, 0), said
+    assert not os.path.lexists("/root/postern-test")
+    assert "event=forged" not in net.stack.posternd.log().replace("\\x0a\\x1b[31m event=forged", "")
+    inside.open(0)
+
+
+def test_what_is_connected_is_a_socket_of_the_users_and_what_it_moved_is_net_to_say(net, inside):
+    import socket as s
+    with s.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        inside.say(CONNECT, forward(9, b"127.0.0.1", listener.getsockname()[1]))
+        said = inside.answer()
+        assert said.type == READY and len(said.fds) == 1
+        with s.socket(fileno=os.dup(said.fds[0])) as mine:
+            assert mine.getpeername() == listener.getsockname()
+            assert fcntl.fcntl(mine.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK
+        inside.say(FORWARD_CLOSED, forward_closed(9, 2**64 - 1, 2**63))
+        inside.say(FORWARD_CLOSED, forward_closed(9))  # twice is a lie
+        inside.wait_killed()
+
+
+def test_more_listeners_than_a_connection_may_have_are_refused(net, inside):
+    granted = 0
+    for i in range(300):
+        inside.say(LISTEN, forward(i, b"", 0))
+        granted += struct.unpack_from("<I", inside.answer().body, 4)[0]
+    assert granted == 256
+
+
+def test_requests_behind_one_for_the_agent_are_answered_in_their_order(net, inside):
+    inside.open(0)
+    inside.open(1)
+    for kind, body in ((AGENT, ref(0)), (ENV, env(0, b"LANG", b"C")), (ENV, env(0, b"PATH", b"x")), (AGENT, ref(0)), (START, start(0, EXEC, b"echo $SSH_AUTH_SOCK"))):
+        inside.say(kind, body)
+    answers = [inside.answer() for _ in range(5)]
+    assert [a.type for a in answers] == [OK, OK, NO, NO, STARTED]
+    assert select.select([answers[4].fds[1]], [], [], 10 * SLACK)[0]
+    assert os.read(answers[4].fds[1], 200).startswith(b"/tmp/ssh-")
+    inside.expect(EXITED, 0)

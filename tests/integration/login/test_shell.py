@@ -264,13 +264,16 @@ def test_an_unknown_subsystem_is_refused_and_the_connection_lives(stack, who):
     assert asyncio.run(asyncio.wait_for(run(), 20 * SLACK)) == "still here\n"
 
 
-def test_forwarding_is_refused(stack, who):
-    """Not in this version, so no: a forward would go around the recording."""
+def test_forwarding_is_refused_where_recording_is_enforced(stack):
+    """A forward would go around the recording; tests/integration/forwarding has the rest."""
+    who = stack.alice
+
     async def run():
         import asyncssh
         async with await stack.asyncssh(bind=who) as connection:
-            with pytest.raises(asyncssh.ChannelOpenError):
+            with pytest.raises(asyncssh.ChannelOpenError) as refused:
                 await connection.open_connection("127.0.0.1", 22)
+            assert refused.value.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED
             with pytest.raises((asyncssh.ChannelListenError, asyncssh.ChannelOpenError)):
                 await connection.start_server(lambda *_: None, "127.0.0.1", 0)
             return (await connection.run("echo still here")).stdout

@@ -690,7 +690,8 @@ def random_message(rng):
 
     def text():
         return rng.choice([b"session", b"direct-tcpip", b"pty-req", b"env", b"exec", b"shell", b"subsystem", b"window-change", b"signal", b"break",
-                           b"keepalive@openssh.com", b"auth-agent-req@openssh.com", b"x11-req", b"tcpip-forward", b"ssh-connection", b"none", b"publickey",
+                           b"keepalive@openssh.com", b"auth-agent-req@openssh.com", b"x11-req", b"tcpip-forward", b"direct-streamlocal@openssh.com",
+                           b"streamlocal-forward@openssh.com", b"cancel-tcpip-forward", b"no-more-sessions@openssh.com", b"ssh-connection", b"none", b"publickey",
                            rng.randbytes(rng.randrange(0, 40)), b"x" * rng.choice([17, 65, 300, 1100, 20_000])])
 
     if kind == 90:

@@ -67,7 +67,7 @@ def test_its_limits_are_tight(worker):
     limits = {line[:26].strip(): line[26:].split()[:2] for line in pathlib.Path(f"/proc/{worker}/limits").read_text().splitlines()[1:]}
     for name in ("Max processes", "Max file size", "Max core file size"):
         assert limits[name] == ["0", "0"]
-    assert int(limits["Max open files"][1]) <= 1024
+    assert int(limits["Max open files"][1]) <= 5120
 
 
 @root_only
