@@ -3,6 +3,7 @@
 #include "base/unique_fd.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -10,8 +11,12 @@
 namespace postern {
 
 Expected<std::string> read_whole_file(const std::string& path, std::size_t largest) {
-  const UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  const UniqueFd fd{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
   if (!fd) return Unexpected{system_error("open " + path)};
+  struct stat s {};
+  if (::fstat(fd.get(), &s) != 0) return Unexpected{system_error("read " + path)};
+  if (S_ISDIR(s.st_mode)) return Unexpected{system_error("read " + path, EISDIR)};
+  if (!S_ISREG(s.st_mode)) return Unexpected{Error{EINVAL, "read " + path + ": not a regular file"}};
   return read_to_end(fd.get(), path, largest);
 }
 

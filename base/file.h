@@ -7,7 +7,8 @@
 
 namespace postern {
 
-/// A whole file of at most `largest` bytes. Errors: errno, EFBIG.
+/// A whole regular file of at most `largest` bytes. Anything else in its place (a FIFO, a device, a folder) is refused at once: a daemon
+/// that opened a FIFO would wait for somebody to write. Errors: errno, EFBIG, EINVAL.
 Expected<std::string> read_whole_file(const std::string& path, std::size_t largest);
 
 /// What is left of an open file, a pipe or a terminal, under the same terms; `name` stands in errors.

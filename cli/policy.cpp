@@ -3,8 +3,10 @@
 
 #include "auth/policy/hujson.h"
 #include "base/file.h"
+#include "base/unique_fd.h"
 #include "cli/control.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -38,7 +40,10 @@ Expected<Source, Problem> read_source(const std::string& path) {
   constexpr std::size_t most = auth::policy::hujson::max_file_bytes;
   const bool is_stdin = path == "-";
   Source source{is_stdin ? "<stdin>" : path, {}};
-  auto text = is_stdin ? read_to_end(STDIN_FILENO, source.name, most) : read_whole_file(path, most);
+  // Unlike posternd's, a pipe will do: postern policy check <(generate).
+  const UniqueFd file{is_stdin ? -1 : ::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  if (!is_stdin && !file) return Unexpected{Problem{{source.name}, "", std::generic_category().message(errno), ""}};
+  auto text = read_to_end(is_stdin ? STDIN_FILENO : file.get(), source.name, most);
   if (!text && text.error().code == EFBIG)
     return Unexpected{Problem{{source.name, 1, 1}, "", "the file is too large", "at most " + std::to_string(most) + " bytes"}};
   if (!text) return Unexpected{Problem{{source.name}, "", std::generic_category().message(text.error().code), ""}};
@@ -66,8 +71,7 @@ std::string report(const std::vector<Problem>& problems, Severity severity, std:
 
 CLI::Option* add_inputs(CLI::App& command, Inputs& inputs, const char* about_network) {
   auto* const network = command.add_option("--network", inputs.network, about_network);
-  command.add_option("--session-capability", inputs.session_capability, "name of the app grant with session rules (setting policy.session_capability)")
-      ->capture_default_str();
+  command.add_option("--session-capability", inputs.session_capability, "name of the app grant with session rules (setting policy.session_capability)");
   command.add_flag("--json", inputs.json, "answer in JSON");
   return network;
 }

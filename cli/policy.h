@@ -8,7 +8,10 @@
 
 #include <nlohmann/json.hpp>
 
+#include <cstdint>
 #include <initializer_list>
+#include <optional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -41,11 +44,16 @@ inline constexpr std::string_view live = "live";
 /// What a policy is judged with.
 struct Inputs {
   std::string network;  ///< a file, "-", or "live"
-  std::string session_capability{auth::policy::default_session_capability};
+  std::optional<std::string> session_capability;
   bool require_network_rule = false;
   bool json = false;
 
-  auth::policy::LoadOptions load_options(const NetworkFile& file) const { return {session_capability, file.domains}; }
+  // What is not said here posternd may have said (--network live).
+  std::string capability(const NetworkFile& file) const {
+    return session_capability.value_or(file.session_capability.value_or(std::string{auth::policy::default_session_capability}));
+  }
+  bool needs_network_rule(const NetworkFile& file) const { return require_network_rule || file.require_network_rule.value_or(false); }
+  auth::policy::LoadOptions load_options(const NetworkFile& file) const { return {capability(file), file.domains}; }
 };
 /// --network, --session-capability, --json. Returns the first.
 CLI::Option* add_inputs(CLI::App& command, Inputs& inputs, const char* about_network);
@@ -72,7 +80,7 @@ struct Login {
   std::string ssh_user;
   std::optional<std::uint32_t> uid;
 
-  /// Calls `ask(question)`, which returns what `is_open` says whether a network rule opened the port in, for each address until one does.
+  /// ask(question) for one address of the source after the other, until is_open(answer): a network rule opened the port.
   template <class Ask, class IsOpen>
   auto from_each_address(const Ask& ask, const IsOpen& is_open) const {
     std::vector<Address> addresses = source.node->addresses;

@@ -36,11 +36,6 @@ struct Result {
 
 std::string counted(std::size_t n, const char* noun) { return std::to_string(n) + " " + noun + (n == 1 ? "" : "s"); }
 
-std::size_t rules_of(const Policy& policy) {
-  const Node nobody;  // an explanation says something of each rule, whoever asks
-  return policy.explain({}, {nobody, {}, nobody, "root", std::nullopt}, false).rules.size();
-}
-
 OrderedJson json_of(const Result& result, Severity severity) {
   OrderedJson list = OrderedJson::array();
   for (const auto& f : result.findings) {
@@ -101,7 +96,7 @@ void judge(const Source& source, const Inputs& inputs, const std::optional<Netwo
   const bool may_test = result.findings.empty();  // of a network that cannot be read nothing is known
   const auto policy = Policy::load(source.text, source.name, inputs.load_options(network.value_or(NetworkFile{})));
   if (!policy) return result.add(Severity::error, policy.error(), source.text);
-  result.rules = rules_of(*policy);
+  result.rules = policy->ssh_rule_count();
   const auto first = static_cast<std::ptrdiff_t>(result.findings.size());
   result.add(Severity::warning, policy->warnings(), source.text);
   if (may_test) {

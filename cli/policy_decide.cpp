@@ -1,4 +1,5 @@
 // postern policy decide, postern policy explain: one login, and why it is decided so.
+#include "base/go_duration.h"
 #include "cli/policy.h"
 
 #include <iostream>
@@ -19,16 +20,7 @@ struct Options {
   Inputs inputs;
 };
 
-std::string duration_text(std::chrono::seconds all) {
-  const auto s = all.count();
-  std::string out;
-  if (s >= 3600) out += std::to_string(s / 3600) + "h";
-  if (s / 60 % 60 != 0) out += std::to_string(s / 60 % 60) + "m";
-  if (s % 60 != 0 || s == 0) out += std::to_string(s % 60) + "s";
-  return out;
-}
-
-std::string check_period_text(const Verdict& verdict) { return verdict.check_period ? duration_text(*verdict.check_period) : "always"; }
+std::string check_period_text(const Verdict& verdict) { return verdict.check_period ? go_duration_text(*verdict.check_period) : "always"; }
 
 std::string node_text(const Node& node) {
   std::vector<std::string> addresses;
@@ -100,8 +92,8 @@ void print_verdict(const Explanation& explanation, const Login& login, bool requ
     }
     for (const auto& [name, value] : v.session_rules.members()) print_member("session rule", printable(name + " = " + value));
   }
-  print_member("network rule", std::string{explanation.network_open ? "opens" : "does not open"} + " port 22" + (required ? "" : " (not asked for)") + ": " +
-                                   (explanation.network_rule.line == 0 ? "" : printable(explanation.network_rule.text()) + ": ") + printable(explanation.network_why));
+  const std::string place = explanation.network_rule.line == 0 ? "" : printable(explanation.network_rule.text()) + ": ";
+  print_member("network rule", place + printable(explanation.network_why) + (required ? "" : " (not asked for)"));
 }
 
 void answer(const Options& options, const Globals& globals, bool with_rules) {
@@ -109,8 +101,15 @@ void answer(const Options& options, const Globals& globals, bool with_rules) {
   const NetworkFile network = load_network(options.inputs, globals);
   const Policy policy = load_policy(options.policy, options.inputs, network);
   const Login login{find_end(network.network, options.src, "--src"), find_end(network.network, options.dst, "--dst"), options.user, options.uid};
-  const bool required = options.inputs.require_network_rule;
-  const Explanation explanation = login.explain(policy, network.network, required);
+  const bool required = options.inputs.needs_network_rule(network);
+  Explanation explanation = login.explain(policy, network.network, required);
+  // What the network itself says of the node narrows it as well (whois's CapMap); posternd.toml's [session_rules] is another file's business.
+  if (const auto own = auth::policy::capability_rules(*login.source.node, options.inputs.capability(network))) {
+    explanation.verdict.session_rules = stricter(std::move(explanation.verdict.session_rules), *own);
+  } else if (explanation.verdict.outcome != Outcome::deny) {
+    std::cerr << "postern policy: posternd denies this login: " << printable(own.error().doing) << "\n";
+    explanation.verdict = Verdict{};
+  }
   if (options.inputs.json) {
     print_json(json_of(explanation, login, required, with_rules));
   } else {
@@ -119,6 +118,8 @@ void answer(const Options& options, const Globals& globals, bool with_rules) {
   }
   finish_output();
   if (explanation.verdict.outcome == Outcome::deny) throw Exit{1};
+  if (!required && !explanation.network_open)
+    std::cerr << "postern policy: no acl or grant opens port 22 for this login; where posternd asks for one (its default) it is denied (--require-network-rule)\n";
 }
 
 void add(CLI::App& group, const Globals& globals, const char* name, const char* about, bool with_rules) {

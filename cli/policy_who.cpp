@@ -132,12 +132,13 @@ void who(const Options& options, const Globals& globals) {
   const Policy policy = load_policy(options.policy, options.inputs, file);
   const Selection selection{options, {&policy}, network};
   std::size_t listed = 0, closed = 0;
-  selection.for_each_allowed({&policy}, network, options.inputs.require_network_rule, [&](const Login& login, const std::string& ssh_user, const auto& verdicts) {
+  const bool required = options.inputs.needs_network_rule(file);
+  selection.for_each_allowed({&policy}, network, required, [&](const Login& login, const std::string& ssh_user, const auto& verdicts) {
     OrderedJson line = login_json(login, ssh_user);
     add_verdict(line, verdicts[0]);
     print_json(line);
     listed++;
-    if (!options.inputs.require_network_rule && login.decide(policy, network, true).denial == Denial::no_network_rule) closed++;
+    if (!required && login.decide(policy, network, true).denial == Denial::no_network_rule) closed++;
   });
   finish_output();
   if (closed != 0)
@@ -147,7 +148,7 @@ void who(const Options& options, const Globals& globals) {
 
 bool same_login(const Verdict& a, const Verdict& b) {
   return a.outcome == b.outcome && a.local_user == b.local_user && a.accept_env == b.accept_env && a.record == b.record &&
-         a.recorder_tag == b.recorder_tag && a.enforce_recorder == b.enforce_recorder;
+         a.recorder_tag == b.recorder_tag && a.enforce_recorder == b.enforce_recorder && a.session_rules == b.session_rules;
 }
 
 OrderedJson diff_json(const Verdict& verdict) {
@@ -157,6 +158,7 @@ OrderedJson diff_json(const Verdict& verdict) {
     out["recorder_tag"] = verdict.recorder_tag;
     out["enforce_recorder"] = verdict.enforce_recorder;
   }
+  for (const auto& [name, value] : verdict.session_rules.members()) out["session_rules"][name] = OrderedJson::parse(value, nullptr, false);
   return out;
 }
 
@@ -165,6 +167,7 @@ std::string diff_text(const Verdict& verdict, const std::string& ssh_user) {
   if (verdict.local_user != ssh_user) out += " to " + printable(verdict.local_user);
   if (!verdict.accept_env.empty()) out += ", env " + printable(joined(verdict.accept_env, " "));
   if (verdict.record) out += ", recorded by " + printable(verdict.recorder_tag) + (verdict.enforce_recorder ? " (enforced)" : "");
+  for (const auto& [name, value] : verdict.session_rules.members()) out += ", " + printable(name + " = " + value);
   return out;
 }
 
@@ -177,7 +180,7 @@ void diff(const Options& options, const Globals& globals) {
   const std::vector<const Policy*> policies{&before, &after};
   const Selection selection{options, policies, network};
   std::size_t gained = 0, lost = 0, changed = 0, other_period = 0;
-  selection.for_each_allowed(policies, network, options.inputs.require_network_rule, [&](const Login& login, const std::string& ssh_user, const auto& verdicts) {
+  selection.for_each_allowed(policies, network, options.inputs.needs_network_rule(file), [&](const Login& login, const std::string& ssh_user, const auto& verdicts) {
     const Verdict &was = verdicts[0], &is = verdicts[1];
     const bool is_gain = was.outcome == Outcome::deny, is_loss = is.outcome == Outcome::deny;
     if (!is_gain && !is_loss && same_login(was, is)) {

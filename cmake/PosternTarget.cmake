@@ -47,5 +47,7 @@ function(postern_unit_test name)
   cmake_parse_arguments(T "" "" "SOURCES;DEPS" ${ARGN})
   add_executable(${name}_test ${T_SOURCES})
   target_link_libraries(${name}_test PRIVATE postern_options postern_catch ${T_DEPS})
+  # The tests' own code need not be quick, and Catch's macros make GCC's -O2 and variable tracking slow: 26 s became 15 s for the largest.
+  target_compile_options(${name}_test PRIVATE -O1 $<$<CXX_COMPILER_ID:GNU>:-fno-var-tracking>)
   catch_discover_tests(${name}_test TEST_PREFIX "${name}." PROPERTIES LABELS unit)
 endfunction()

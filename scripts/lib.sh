@@ -12,7 +12,9 @@ packages_build="ca-certificates ccache cmake g++ make ninja-build pkg-config xz-
   catch2 libboost-dev libcli11-dev libfmt-dev libnghttp2-dev libpam0g-dev libseccomp-dev libsodium-dev libspdlog-dev libssl-dev
   libtomlplusplus-dev nlohmann-json3-dev"
 packages_run="iproute2 libpam-modules libpam-runtime openssh-client openssh-sftp-server passwd procps util-linux"
-packages_test="asciinema libwrap0 python3 python3-asyncssh python3-paramiko python3-pytest python3-pytest-timeout python3-pytest-xdist"
+packages_test="asciinema libwrap0 python3 python3-asyncssh python3-paramiko python3-pytest python3-pytest-timeout python3-pytest-xdist
+  dropbear-bin libssh-4 libssh2-1 putty-tools
+  ansible-core autossh curl git lftp mosh rsync sshfs"
 
 if [ -t 2 ]; then
   say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }

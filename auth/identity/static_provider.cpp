@@ -3,12 +3,8 @@
 // Never asks anything outside; the file is read at the start and on reload() only.
 #include "auth/identity/identity.h"
 
+#include "base/file.h"
 #include "base/log.h"
-#include "base/unique_fd.h"
-
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 #include <toml++/toml.h>
@@ -287,26 +283,6 @@ class Reader {
   Network network_;
 };
 
-Expected<std::string> read_whole(const std::string& file) {
-  // O_NONBLOCK: a FIFO in its place must not hold the broker up.
-  const UniqueFd fd{::open(file.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
-  if (!fd) return Unexpected{system_error("cannot open the file")};
-  struct stat s {};
-  if (::fstat(fd.get(), &s) != 0) return Unexpected{system_error("cannot read the file")};
-  if (!S_ISREG(s.st_mode)) return Unexpected{Error{EINVAL, "not a regular file"}};
-  std::string text;
-  char buffer[64 * 1024];
-  for (;;) {
-    const ssize_t n = ::read(fd.get(), buffer, sizeof buffer);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return Unexpected{system_error("cannot read the file")};
-    if (n == 0) return text;
-    text.append(buffer, static_cast<std::size_t>(n));
-    if (text.size() > max_nodes_file_bytes)
-      return Unexpected{Error{EFBIG, "the file is too large: at most " + std::to_string(max_nodes_file_bytes) + " bytes"}};
-  }
-}
-
 class StaticProvider final : public Provider {
  public:
   explicit StaticProvider(std::string file) : file_{std::move(file)} {}
@@ -319,7 +295,7 @@ class StaticProvider final : public Provider {
   const Network& network() const override { return network_; }
 
   Expected<Done, std::vector<Problem>> reload() override {
-    auto text = read_whole(file_);
+    auto text = read_whole_file(file_, max_nodes_file_bytes);
     if (!text) return Unexpected{std::vector{Problem{Place{file_, 1, 1}, "", text.error().doing, ""}}};
     auto read = parse_static_nodes(*text, file_);
     if (!read) return Unexpected{std::move(read.error())};

@@ -2,6 +2,7 @@
 
 #include "auth/policy/policy.h"
 #include "auth/policy/posture.h"
+#include "auth/policy/ranges.h"
 
 #include <algorithm>
 #include <array>
@@ -53,7 +54,8 @@ class RuleList {
   void add(std::uint32_t rule);
   void finish(std::size_t rules);
   void add_to(RuleSet& set) const;
-  bool empty() const noexcept { return numbers_.empty() && words_.empty(); }
+  /// Adds those of `later`, whose numbers are not lower than ours. Before finish().
+  void append(const RuleList& later);
 
  private:
   std::vector<std::uint32_t> numbers_;
@@ -72,6 +74,7 @@ inline constexpr PortsId every_port = 0;  ///< of ssh rules, of sources, and of 
 /// The rules that name one principal, by the ports they open there.
 class PortedRules {
  public:
+  /// `rule` is not lower than that of the call before.
   void add(std::uint32_t rule, PortsId ports);
   void finish(std::size_t rules);
   template <class IsOpen>
@@ -116,13 +119,14 @@ class PrefixRules {
   std::vector<Table> tables_;
 };
 
-/// What a rule can name on one side. `name`: what was written; `prefixes` of addresses, hosts and ipsets; `nobody`: well-formed words of
+/// What a rule can name on one side. `name`: what was written; `prefix` of addresses and hosts; `set`: the number of an ipset or range; `nobody`: well-formed words of
 /// which this side can know no node (autogroup:internet, users' roles, shared-in users, synced groups).
-enum class What { everyone, member, tagged, self, user, domain, group, tag, prefixes, nobody };
+enum class What { everyone, member, tagged, self, user, domain, group, tag, prefix, set, nobody };
 struct Principal {
   What what = What::everyone;
   std::string name = {};
-  std::vector<Prefix> prefixes = {};
+  Prefix prefix = {};
+  std::uint32_t set = 0;
 };
 
 /// One side (src or dst) of the ssh rules, or of the network rules.
@@ -131,6 +135,7 @@ struct Side {
   StringMap<PortedRules> users, domains, tags;
   std::vector<PortedRules> groups;  ///< by group number
   PrefixRules prefixes;
+  std::map<std::uint32_t, PortedRules> sets;  ///< by the number of an ipset or range
 
   void finish(std::size_t rules);
 };
@@ -228,6 +233,7 @@ struct Compiled {
   StringMap<Prefix> hosts;
   StringMap<bool> tags;                                   ///< of tagOwners
   std::vector<Posture> postures;
+  std::vector<AddressRanges> sets;  ///< ipsets, and the ranges of rules
 
   std::vector<SshRule> ssh;  ///< in the order of evaluation: check before accept, then as in the file
   Side ssh_src, ssh_dst;
@@ -238,9 +244,11 @@ struct Compiled {
 
   bool network_is_open = true;  ///< neither acls nor grants in the file: all is open, as in the real service
   std::vector<NetworkRule> network;
-  Side network_src, network_dst;
-  std::vector<Ports> ports;  ///< by PortsId, of TCP; [every_port] is unused
-  std::vector<std::uint32_t> grants_with_rules;  ///< network rules that carry session rules
+  Side network_src, network_dst;  ///< of what opens TCP ports of a node itself
+  std::vector<Ports> ports;       ///< by PortsId, of TCP; [every_port] is unused
+  Side any_src, any_dst;          ///< of all network rules, whatever they open: for the file's own tests
+  std::vector<std::uint32_t> grants_with_rules;  ///< network rules that carry session rules; the sides count them 0, 1, ...
+  Side rules_src, rules_dst;
 
   std::vector<NetworkTest> tests;
   std::vector<SshTest> ssh_tests;

@@ -100,6 +100,8 @@ Explanation Policy::explain(const Network& network, const Question& question, bo
   return out;
 }
 
+std::size_t Policy::ssh_rule_count() const noexcept { return compiled_->ssh.size(); }
+
 Policy::UserNames Policy::user_names() const {
   UserNames out;
   for (const SshRule& rule : compiled_->ssh) {

@@ -2,11 +2,12 @@
 //
 // Every member is read by name, and what is left over is a problem: a member that nobody read could be one that restricts access.
 // Sentences in quotes that other tools know are those of the real service (research/tailscale-ssh.md section 3.5).
-#include "auth/policy/go_duration.h"
 #include "auth/policy/reading.h"
+#include "base/go_duration.h"
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
 namespace postern::auth::policy {
 namespace {
@@ -19,6 +20,10 @@ using Text = Reading::Text;
 
 constexpr std::chrono::hours standard_check_period{12};
 constexpr std::chrono::hours longest_check_period{168};
+/// ipsets within each other. Nobody needs 5; a chain of thousands would use up the stack.
+constexpr unsigned deepest_ipset = 32;
+/// Ranges of addresses in all ipsets together: sets that name each other multiply.
+constexpr std::size_t most_ranges = 200'000;
 
 std::string indexed(std::string_view name, std::size_t i) { return std::string{name} + "[" + std::to_string(i) + "]"; }
 
@@ -41,7 +46,8 @@ class Loader {
     tag_owners();
     postures();
     ipsets();
-    for (auto* side : {&out_->ssh_src, &out_->ssh_dst, &out_->network_src, &out_->network_dst}) side->groups.resize(out_->groups.size());
+    for (auto* side : {&out_->ssh_src, &out_->ssh_dst, &out_->network_src, &out_->network_dst, &out_->any_src, &out_->any_dst, &out_->rules_src, &out_->rules_dst})
+      side->groups.resize(out_->groups.size());
     network();
     ssh();
     check_other_sections(r_);
@@ -51,17 +57,18 @@ class Loader {
     out_->ssh_nonroot.finish(out_->ssh.size());
     out_->ssh_own_node.finish(out_->ssh.size());
     for (auto* side : {&out_->ssh_src, &out_->ssh_dst}) side->finish(out_->ssh.size());
-    for (auto* side : {&out_->network_src, &out_->network_dst}) side->finish(out_->network.size());
+    for (auto* side : {&out_->network_src, &out_->network_dst, &out_->any_src, &out_->any_dst}) side->finish(out_->network.size());
+    for (auto* side : {&out_->rules_src, &out_->rules_dst}) side->finish(out_->grants_with_rules.size());
     if (r_.problems.empty()) warn_of_unreachable();
     return out_;
   }
 
  private:
   void sections() {
-    // The last line says nothing of who may log in, or nothing that a node could be asked: other_sections.cpp looks at their form.
-    static constexpr std::array<std::string_view, 20> known{
-        "groups",    "hosts",       "tagOwners", "acls",    "grants",              "ssh",         "tests",         "sshTests",        "postures", "defaultSrcPosture",
-        "ipsets",    "nodeAttrs",   "autoApprovers", "derpMap", "randomizeClientPort", "disableIPv4", "OneCGNATRoute", "extraDNSRecords", "services", "autogroups"};
+    // From nodeAttrs on they say nothing of who may log in: other_sections.cpp looks at their form.
+    static constexpr std::array<std::string_view, 18> known{"groups",   "hosts",     "tagOwners",     "acls",    "grants",              "ssh",         "tests",         "sshTests",
+                                                            "postures", "defaultSrcPosture", "ipsets", "nodeAttrs", "autoApprovers", "derpMap", "randomizeClientPort", "disableIPv4",
+                                                            "OneCGNATRoute", "extraDNSRecords"};
     r_.check_members(r_.root, "", known, "a policy");
   }
 
@@ -154,11 +161,13 @@ class Loader {
         if (index == 0 && m.value.kind == Kind::array) r_.problem(m.value, field, "a posture must have a condition", "\"node:os == 'macos'\"");
       }
     }
+    const Member* standard = Reading::find(r_.root, "defaultSrcPosture");
+    if (standard == nullptr) return;
     std::size_t index = 0;
-    for (const auto& [raw, at] : r_.strings(r_.root, "defaultSrcPosture", "")) {
+    for (const auto& [raw, at] : r_.strings(standard->value, "defaultSrcPosture")) {
       const std::string where = indexed("defaultSrcPosture", index++);
-      if (r_.posture_numbers.find(trimmed(raw)) == r_.posture_numbers.end())
-        r_.problem(*at, where, "posture not found: " + json_quoted(trimmed(raw)), "define it in postures");
+      if (const auto it = r_.posture_numbers.find(trimmed(raw)); it != r_.posture_numbers.end()) r_.default_postures.push_back(it->second);
+      else r_.problem(*at, where, "posture not found: " + json_quoted(trimmed(raw)), "define it in postures");
     }
   }
 
@@ -174,11 +183,11 @@ class Loader {
       defined.emplace(m.name, &m);
     }
     StringMap<bool> open;
-    for (const auto& m : all->members) ipset(m, defined, open);
+    for (const auto& m : all->members) ipset(m, defined, open, 1);
   }
 
   /// Sets name each other in any order. False when this one is already being read: a cycle.
-  bool ipset(const Member& m, const StringMap<const Member*>& defined, StringMap<bool>& open) {
+  bool ipset(const Member& m, const StringMap<const Member*>& defined, StringMap<bool>& open, unsigned depth) {
     if (r_.ipsets.find(m.name) != r_.ipsets.end()) return true;
     if (!open.emplace(m.name, true).second) return false;
     const std::string field = "ipsets[" + json_quoted(m.name) + "]";
@@ -201,10 +210,12 @@ class Loader {
         const auto other = defined.find(text);
         if (other == defined.end()) {
           r_.problem(*at, where, "ipset not found: " + json_quoted(text), "define it in ipsets");
-        } else if (!ipset(*other->second, defined, open)) {
+        } else if (depth == deepest_ipset) {
+          r_.problem(*at, where, "ipsets within each other, more than " + std::to_string(deepest_ipset) + " deep", "name the addresses here");
+        } else if (!ipset(*other->second, defined, open, depth + 1)) {
           r_.problem(*at, where, "ipsets cannot be circular: " + json_quoted(text), "one of them must not name the other");
-        } else {
-          named = r_.ipsets.find(text)->second;
+        } else if (ranges_ += out_->sets[r_.ipsets.find(text)->second].size(); ranges_ <= most_ranges) {
+          named = out_->sets[r_.ipsets.find(text)->second];
         }
       } else if (const auto prefix = Prefix::parse(text)) {
         named.add(*prefix);
@@ -217,8 +228,12 @@ class Loader {
       }
       if (remove) set.remove(named);
       else set.add(named);
+      if (++ranges_ <= most_ranges) continue;
+      if (!std::exchange(ranges_told_, true)) r_.problem(*at, where, "the ipsets hold too many addresses", "at most " + std::to_string(most_ranges) + " ranges in all of them");
+      break;
     }
-    r_.ipsets.emplace(m.name, std::move(set));
+    r_.ipsets.emplace(m.name, static_cast<std::uint32_t>(out_->sets.size()));
+    out_->sets.push_back(std::move(set));
     return true;
   }
 
@@ -234,9 +249,8 @@ class Loader {
       case What::domain: return side.domains[principal.name].add(rule, ports);
       case What::group: return side.groups[out_->groups.find(principal.name)->second].add(rule, ports);
       case What::tag: return side.tags[principal.name].add(rule, ports);
-      case What::prefixes:
-        for (const Prefix& p : principal.prefixes) side.prefixes.at(p).add(rule, ports);
-        return;
+      case What::prefix: return side.prefixes.at(principal.prefix).add(rule, ports);
+      case What::set: return side.sets[principal.set].add(rule, ports);
       case What::nobody: return;
     }
   }
@@ -283,10 +297,20 @@ class Loader {
       for (std::size_t i = 0; i < all->items.size(); i++) acl(all->items[i], indexed("acls", i));
     if (const Value* all = r_.section("grants", Kind::array))
       for (std::size_t i = 0; i < all->items.size(); i++) grant(all->items[i], indexed("grants", i));
+    const bool tested = !is_absent("tests");
     for (std::size_t number = 0; number < out_->network.size(); number++) {
       const NetworkRule& rule = out_->network[number];
       const auto n = static_cast<std::uint32_t>(number);
-      if (rule.session_rules) out_->grants_with_rules.push_back(n);
+      if (rule.session_rules) {
+        const auto grant_number = static_cast<std::uint32_t>(out_->grants_with_rules.size());
+        out_->grants_with_rules.push_back(n);
+        for (const auto& p : rule.src) add(out_->rules_src, p, grant_number);
+        for (const auto& d : rule.dst) add(out_->rules_dst, d.who, grant_number);
+      }
+      if (tested) {
+        for (const auto& p : rule.src) add(out_->any_src, p, n);
+        for (const auto& d : rule.dst) add(out_->any_dst, d.who, n);
+      }
       if (rule.via) continue;
       for (const auto& p : rule.src) add(out_->network_src, p, n);
       for (const auto& d : rule.dst) {
@@ -296,6 +320,11 @@ class Loader {
         if (!tcp.empty()) add(out_->network_dst, d.who, n, intern(std::move(tcp)));
       }
     }
+  }
+
+  bool is_absent(std::string_view section) const {
+    const Member* m = Reading::find(r_.root, section);
+    return m == nullptr || is_empty(m->value);
   }
 
   NetworkRule begin_rule(const Value& value, std::string field) {
@@ -321,7 +350,7 @@ class Loader {
       if (m->value.kind != Kind::string) {
         r_.wrong_kind(m->value, field + ".proto", "a string");
       } else if (const auto name = trimmed(m->value.text); !name.empty()) {
-        protocol = Reading::protocol(name);
+        protocol = name == "*" ? std::nullopt : Reading::protocol(name);  // left out, it is TCP and UDP; "*" is a grant's word
         if (!protocol) r_.problem(m->value, field + ".proto", json_quoted(name) + " is not a protocol", "tcp, udp, icmp, ... or a number up to 255");
       }
     }
@@ -369,7 +398,7 @@ class Loader {
   void own_devices(const Value& value, std::string_view dst, const std::string& field, const NetworkRule& rule, bool is_grant) {
     const bool self = std::any_of(rule.dst.begin(), rule.dst.end(), [](const auto& d) { return d.who.what == What::self; });
     const bool others = std::any_of(rule.src.begin(), rule.src.end(), [&](const Principal& p) {
-      return p.what == What::tag || p.what == What::tagged || p.what == What::prefixes || (is_grant && p.what == What::everyone);
+      return p.what == What::tag || p.what == What::tagged || p.what == What::prefix || p.what == What::set || (is_grant && p.what == What::everyone);
     });
     if (self && others)
       r_.problem(Reading::find(value, dst)->value, field + "." + std::string{dst}, "autogroup:self can only be used with users, groups, or supported autogroups", "split the rule");
@@ -411,14 +440,27 @@ class Loader {
     }
     rule.src = principals(value, "src", Spot::network_src, field);
     for (auto& who : principals(value, "dst", Spot::network_dst, field)) {
-      const bool everything = who.what == What::prefixes && who.prefixes.size() == 1 && who.prefixes.front().length == 0;
+      const bool everything = who.what == What::prefix && who.prefix.length == 0;
       if (everything) r_.problem(Reading::find(value, "dst")->value, field + ".dst", "dst " + json_quoted(who.name) + ": to allow all IP addresses, use \"*\" or \"autogroup:internet\"");
       if (who.name == "autogroup:internet" && app != nullptr && !is_empty(app->value))
         r_.problem(Reading::find(value, "dst")->value, field + ".dst", "cannot use app grants with autogroup:internet", "split the grant");
       rule.dst.push_back({std::move(who), opens});
     }
     own_devices(value, "dst", field, rule, true);
+    certain_ends(value, field, rule);
     out_->network.push_back(std::move(rule));
+  }
+
+  /// Session rules narrow what somebody may do: one that holds for people whom we cannot tell would hold for nobody, and so open.
+  void certain_ends(const Value& value, const std::string& field, const NetworkRule& rule) {
+    if (!rule.session_rules) return;
+    const auto unknown = [&](const Principal& p, std::string_view side) {
+      if (p.what == What::nobody)
+        r_.problem(Reading::find(value, side)->value, field + "." + std::string{side}, "session rules for " + json_quoted(p.name) + " would hold for nobody: who that is is not known here",
+                   "name users, groups or tags; or put them into [session_rules] of posternd.toml");
+    };
+    for (const auto& p : rule.src) unknown(p, "src");
+    for (const auto& d : rule.dst) unknown(d.who, "dst");
   }
 
   void capabilities(const Value& value, const std::string& field, NetworkRule& rule) {
@@ -485,6 +527,8 @@ class Loader {
     for (const auto& [text, at] : r_.strings(value, "acceptEnv", field)) {
       const std::string where = indexed(field + ".acceptEnv", index++);
       if (text.empty()) r_.problem(*at, where, "acceptEnv values cannot be empty", "\"LANG\", \"GIT_*\", \"CUSTOM_VAR_?\"");
+      else if (text.size() > longest_accept_env) r_.problem(*at, where, "an acceptEnv value is too long", "at most " + std::to_string(longest_accept_env) + " bytes");
+      else if (index == most_accept_env + 1) r_.problem(*at, where, "too many acceptEnv values", "at most " + std::to_string(most_accept_env) + " in a rule; a glob takes many names");
       else rule.accept_env.emplace_back(text);
     }
     recorder(value, rule);
@@ -599,6 +643,7 @@ class Loader {
       const auto open = is_open();
       s.everyone.add_to(always, open);
       s.prefixes.add_all_to(always, open);
+      for (const auto& [number, list] : s.sets) list.add_to(always, open);
       any_user |= always;
       any_tag |= always;
       for (const auto* list : {&s.member, &s.self}) list->add_to(any_user, open);
@@ -655,6 +700,8 @@ class Loader {
   std::shared_ptr<Compiled> out_;
   Reading r_;
   std::map<Ports, PortsId> port_ids_;
+  std::size_t ranges_ = 0;
+  bool ranges_told_ = false;
 };
 
 }  // namespace

@@ -16,14 +16,12 @@ bool takes(const Compiled& policy, const Principal& principal, const Node& node,
     case What::domain: return is_member(node) && domain_of(node.login) == principal.name;
     case What::group: {
       if (!is_member(node)) return false;
-      const auto& members = policy.group_members[policy.groups.find(principal.name)->second];
-      return std::find(members.begin(), members.end(), node.login) != members.end();
+      const auto in = policy.groups_of.find(node.login);  // its numbers in rising order
+      return in != policy.groups_of.end() && std::binary_search(in->second.begin(), in->second.end(), policy.groups.find(principal.name)->second);
     }
     case What::tag: return std::find(node.tags.begin(), node.tags.end(), principal.name) != node.tags.end();
-    case What::prefixes:
-      return std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) {
-        return std::any_of(principal.prefixes.begin(), principal.prefixes.end(), [&](const Prefix& p) { return p.contains(a); });
-      });
+    case What::prefix: return std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) { return principal.prefix.contains(a); });
+    case What::set: return std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) { return policy.sets[principal.set].contains(a); });
     case What::nobody: return false;
   }
   return false;
@@ -52,8 +50,8 @@ std::string text_of(const Principal& principal) {
 std::string user_by(const SshRule& rule, const Node& source, std::string_view ssh_user, std::optional<std::uint32_t> uid) {
   if (std::find(rule.users.begin(), rule.users.end(), ssh_user) != rule.users.end()) return std::string{ssh_user};
   // uid 0 has many names (toor, "0"): only what a rule writes out reaches it, also where a user's login begins with "root@".
-  if (ssh_user == "root" || uid.value_or(1) == 0) return {};
-  if (rule.nonroot && is_mappable_user_name(ssh_user)) return "autogroup:nonroot";
+  if (ssh_user == "root" || uid.value_or(1) == 0 || !is_mappable_user_name(ssh_user)) return {};
+  if (rule.nonroot) return "autogroup:nonroot";
   if (is_member(source) && localpart_of(source.login) == ssh_user)
     for (const auto& domain : rule.localparts)
       if (domain_of(source.login) == domain) return "localpart:*@" + domain;

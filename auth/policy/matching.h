@@ -13,11 +13,39 @@ namespace postern::auth::policy {
 
 inline bool is_member(const Node& node) noexcept { return !node.tagged() && !node.login.empty(); }
 
+/// A login's parts: "alice@example.com" -> "example.com", "alice".
+inline std::string_view domain_of(std::string_view login) { return login.substr(std::min(login.size(), login.find('@') + 1)); }
+inline std::string_view localpart_of(std::string_view login) { return login.substr(0, login.find('@')); }
+
 /// The user's own devices. Neither end may be tagged: who tags a device gives it away.
 inline bool same_user(const Node& a, const Node& b) noexcept { return is_member(a) && is_member(b) && a.login == b.login; }
 
 /// `addresses`: those of `node` that a rule's prefixes are held against. `own`: the other end is a device of the same user.
 bool takes(const Compiled& policy, const Principal& principal, const Node& node, std::span<const Address> addresses, bool own);
+
+/// The rules whose `side` takes `node`. `addresses`: those of the node that the rules' prefixes are held against; `own`: the
+/// other side is a device of the same user.
+template <class Addresses, class IsOpen>
+RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, const Node& node, const Addresses& addresses, bool own, const IsOpen& is_open) {
+  RuleSet set{rules};
+  side.everyone.add_to(set, is_open);
+  if (node.tagged()) {  // a tagged node has no user, whatever else is known of it
+    side.tagged.add_to(set, is_open);
+    for (const auto& tag : node.tags)
+      if (const auto it = side.tags.find(tag); it != side.tags.end()) it->second.add_to(set, is_open);
+  } else if (is_member(node)) {
+    side.member.add_to(set, is_open);
+    if (own) side.self.add_to(set, is_open);
+    if (const auto it = side.users.find(node.login); it != side.users.end()) it->second.add_to(set, is_open);
+    if (const auto it = side.domains.find(domain_of(node.login)); it != side.domains.end()) it->second.add_to(set, is_open);
+    if (const auto it = policy.groups_of.find(node.login); it != policy.groups_of.end())
+      for (const auto group : it->second) side.groups[group].add_to(set, is_open);
+  }
+  for (const Address& address : addresses) side.prefixes.add_to(set, address, is_open);
+  for (const auto& [number, list] : side.sets)
+    if (std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) { return policy.sets[number].contains(a); })) list.add_to(set, is_open);
+  return set;
+}
 
 /// The addresses of question.destination that a network rule's prefixes are held against. A packet filter sees the address that was dialled;
 /// where we do not know it, it has at least the source's family.

@@ -2,6 +2,7 @@
 #include "auth/policy/network_file.h"
 
 #include "auth/policy/hujson.h"
+#include "auth/policy/matching.h"
 #include "base/log.h"
 
 #include <algorithm>
@@ -62,8 +63,6 @@ std::string json_text(const Value& value) {
   return out;
 }
 
-std::string domain_of(std::string_view login) { return std::string{login.substr(login.find('@') + 1)}; }
-
 class Reader {
  public:
   explicit Reader(Problems& problems) : problems_{problems} {}
@@ -74,9 +73,17 @@ class Reader {
       return {};
     }
     const std::string tailnet = text_of(root, "tailnet", "");
+    if (const Value* all = member(root, "domains", "", Kind::array))
+      for (std::size_t i = 0; i < all->items.size(); i++) {
+        if (const Value& item = all->items[i]; item.kind == Kind::string) out_.domains.push_back(item.text);
+        else wrong_kind(item, "domains[" + std::to_string(i) + "]", "a string");
+      }
     users(root);
     nodes(root);
-    if (const std::string domain = tailnet.empty() ? creators_domain_ : domain_of(tailnet); !domain.empty()) out_.domains.push_back(domain);
+    const std::string domain{tailnet.empty() ? std::string_view{creators_domain_} : domain_of(tailnet)};
+    if (const std::string name = text_of(root, "session_capability", ""); !name.empty()) out_.session_capability = name;
+    if (const Value* flag = member(root, "require_network_rule", "", Kind::boolean)) out_.require_network_rule = flag->boolean;
+    if (out_.domains.empty() && !domain.empty()) out_.domains.push_back(domain);
     return std::move(out_);
   }
 
@@ -237,7 +244,8 @@ class Reader {
       case Kind::boolean: node.attributes.emplace(a.name, value.boolean); return;
       case Kind::number: {
         double number = 0;
-        std::from_chars(value.text.data(), value.text.data() + value.text.size(), number);
+        const auto [end, error] = std::from_chars(value.text.data(), value.text.data() + value.text.size(), number);
+        if (error != std::errc{}) return problem(value, field + ".attributes[" + safe_quoted(a.name, 80) + "]", "is too large a number");
         node.attributes.emplace(a.name, number);
         return;
       }
@@ -270,6 +278,14 @@ std::string attribute_text(const Attribute& value) {
   return std::string{digits, end};
 }
 
+std::map<std::string, std::string> readable(std::map<std::string, std::string> capabilities) {
+  std::erase_if(capabilities, [](const auto& c) {
+    Problems problems{""};
+    return !hujson::parse(c.second, problems) || !problems.empty();
+  });
+  return capabilities;
+}
+
 std::string node_text(const Node& node) {
   std::string out = json_string(node.name) + ":{\"id\":" + json_string(node.id);
   out += ",\"addresses\":[" + list_of(node.addresses, [](const Address& a) { return json_string(a.text()); });
@@ -278,7 +294,7 @@ std::string node_text(const Node& node) {
   if (!node.attributes.empty())
     out += ",\"attributes\":{" + list_of(node.attributes, [](const auto& a) { return json_string(a.first) + ":" + attribute_text(a.second); }) + "}";
   if (!node.capabilities.empty())
-    out += ",\"capabilities\":{" + list_of(node.capabilities, [](const auto& c) {
+    out += ",\"capabilities\":{" + list_of(readable(node.capabilities), [](const auto& c) {
              std::string value = c.second;  // JSON as a provider had it; a line's end can only stand between its words
              std::replace_if(value.begin(), value.end(), [](char x) { return x == '\n' || x == '\r'; }, ' ');
              return json_string(c.first) + ":" + value;
@@ -298,9 +314,12 @@ Expected<NetworkFile, std::vector<Problem>> read_network(std::string_view text, 
   return file;
 }
 
-std::string network_text(const Network& network) {
-  return "{\"users\":[" + list_of(network.users, [](const std::string& login) { return "{\"name\":" + json_string(login) + ",\"email\":" + json_string(login) + "}"; }) +
-         "],\"nodes\":{" + list_of(network.nodes, node_text) + "}}";
+std::string network_text(const NetworkFile& file) {
+  const auto user = [](const std::string& login) { return "{\"name\":" + json_string(login) + ",\"email\":" + json_string(login) + "}"; };
+  std::string out = "{\"domains\":[" + list_of(file.domains, json_string) + "]";
+  if (file.session_capability) out += ",\"session_capability\":" + json_string(*file.session_capability);
+  if (file.require_network_rule) out += std::string{",\"require_network_rule\":"} + (*file.require_network_rule ? "true" : "false");
+  return out + ",\"users\":[" + list_of(file.network.users, user) + "],\"nodes\":{" + list_of(file.network.nodes, node_text) + "}}";
 }
 
 }  // namespace postern::auth::policy

@@ -12,28 +12,6 @@
 namespace postern::auth::policy {
 namespace {
 
-/// The rules whose `side` takes `node`. `addresses`: those of the node that the rules' prefixes are held against; `own`: the
-/// other side is a device of the same user.
-template <class Addresses, class IsOpen>
-RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, const Node& node, const Addresses& addresses, bool own, const IsOpen& is_open) {
-  RuleSet set{rules};
-  side.everyone.add_to(set, is_open);
-  if (node.tagged()) {  // a tagged node has no user, whatever else is known of it
-    side.tagged.add_to(set, is_open);
-    for (const auto& tag : node.tags)
-      if (const auto it = side.tags.find(tag); it != side.tags.end()) it->second.add_to(set, is_open);
-  } else if (is_member(node)) {
-    side.member.add_to(set, is_open);
-    if (own) side.self.add_to(set, is_open);
-    if (const auto it = side.users.find(node.login); it != side.users.end()) it->second.add_to(set, is_open);
-    if (const auto it = side.domains.find(domain_of(node.login)); it != side.domains.end()) it->second.add_to(set, is_open);
-    if (const auto it = policy.groups_of.find(node.login); it != policy.groups_of.end())
-      for (const auto group : it->second) side.groups[group].add_to(set, is_open);
-  }
-  for (const Address& address : addresses) side.prefixes.add_to(set, address, is_open);
-  return set;
-}
-
 /// The first network rule that opens question.port from source to destination, or -1.
 long first_network_rule(const Compiled& policy, const Question& question) {
   const bool own = same_user(question.source, question.destination);
@@ -47,18 +25,22 @@ long first_network_rule(const Compiled& policy, const Question& question) {
   return -1;
 }
 
-/// What the app grants from source to destination ask of a session.
+/// What the app grants from source to destination ask of a session. They only narrow, so where it is not certain that one does not hold, it
+/// holds: whatever the device's posture, and for each address of both ends.
 SessionRules granted_rules(const Compiled& policy, const Question& question) {
   SessionRules rules;
+  if (policy.grants_with_rules.empty()) return rules;
   const bool own = same_user(question.source, question.destination);
-  const std::array<Address, 1> from{question.source_address};
-  const auto to = dialled(question);
-  for (const auto number : policy.grants_with_rules) {
-    const NetworkRule& grant = policy.network[number];
-    if (first_taking(policy, grant.src, question.source, from, own) == nullptr || !postures_hold(policy, grant.postures, question.source.attributes)) continue;
-    if (std::any_of(grant.dst.begin(), grant.dst.end(), [&](const auto& d) { return takes(policy, d.who, question.destination, to, own); }))
-      rules = stricter(std::move(rules), *grant.session_rules);
-  }
+  const auto any_port = [](PortsId) { return true; };
+  std::vector<Address> from = question.source.addresses;
+  from.push_back(question.source_address);
+  std::vector<Address> to = question.destination.addresses;
+  if (question.destination_address) to.push_back(*question.destination_address);
+  const std::size_t grants = policy.grants_with_rules.size();
+  auto both = rules_for(policy, policy.rules_src, grants, question.source, from, own, any_port);
+  both &= rules_for(policy, policy.rules_dst, grants, question.destination, to, own, any_port);
+  for (long n = RuleSet::first_common(both, both); n >= 0; n = RuleSet::first_common(both, both, static_cast<std::size_t>(n) + 1))
+    rules = stricter(std::move(rules), *policy.network[policy.grants_with_rules[static_cast<std::size_t>(n)]].session_rules);
   return rules;
 }
 
@@ -125,13 +107,24 @@ void RuleList::add_to(RuleSet& set) const {
   for (std::size_t i = 0; i < words_.size(); i++) set.words_[i] |= words_[i];
 }
 
+void RuleList::append(const RuleList& later) {
+  for (const auto rule : later.numbers_) add(rule);
+}
+
 void PortedRules::add(std::uint32_t rule, PortsId ports) {
-  for (auto& [id, list] : lists_)
-    if (id == ports) return list.add(rule);
-  lists_.emplace_back(ports, RuleList{}).second.add(rule);
+  if (lists_.empty() || lists_.back().first != ports) lists_.emplace_back(ports, RuleList{});
+  lists_.back().second.add(rule);
 }
 
 void PortedRules::finish(std::size_t rules) {
+  // One list for equal ports, made here at once: a search at every add() would be quadratic in the ports that a file names.
+  std::stable_sort(lists_.begin(), lists_.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<std::pair<PortsId, RuleList>> merged;
+  for (auto& [id, list] : lists_) {
+    if (!merged.empty() && merged.back().first == id) merged.back().second.append(list);
+    else merged.emplace_back(id, std::move(list));
+  }
+  lists_ = std::move(merged);
   for (auto& [id, list] : lists_) list.finish(rules);
 }
 
@@ -159,6 +152,7 @@ void Side::finish(std::size_t rules) {
   for (auto* named : {&users, &domains, &tags})
     for (auto& [name, list] : *named) list.finish(rules);
   for (auto& list : groups) list.finish(rules);
+  for (auto& [number, list] : sets) list.finish(rules);
   prefixes.finish(rules);
 }
 
@@ -190,7 +184,7 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
   if (const auto it = policy.ssh_users.find(question.ssh_user); it != policy.ssh_users.end()) it->second.add_to(users);
   if (question.ssh_user != "root" && question.uid.value_or(1) != 0) {  // matching.cpp, user_by()
     if (mappable) policy.ssh_nonroot.add_to(users);
-    if (is_member(source) && localpart_of(source.login) == question.ssh_user)
+    if (mappable && is_member(source) && localpart_of(source.login) == question.ssh_user)
       if (const auto it = policy.ssh_localparts.find(domain_of(source.login)); it != policy.ssh_localparts.end()) it->second.add_to(users);
   }
   bool any_met = false;

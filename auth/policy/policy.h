@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -14,7 +15,11 @@
 
 namespace postern::auth::policy {
 
-struct Compiled;  // policy.cpp
+struct Compiled;  // compiled.h
+
+/// Of one ssh rule: more than a login can be described with to its session (sshd/protocol/facts.h).
+inline constexpr std::size_t most_accept_env = 64;
+inline constexpr std::size_t longest_accept_env = 128;
 
 /// What one evaluation found.
 enum class Outcome { accept, check, deny };
@@ -94,7 +99,7 @@ struct Explanation {
 /// What the file's own tests found.
 struct TestReport {
   std::size_t passed = 0;         ///< entries of `tests` and `sshTests`
-  std::vector<Problem> failed;    ///< "test(s) failed: ..." at each assertion that does not hold, in file order
+  std::vector<Problem> failed;    ///< "test(s) failed: ..." at each assertion that does not hold, in file order; at most 200
   std::vector<Problem> left_out;  ///< entries that could not be tried, and why
 };
 
@@ -117,10 +122,14 @@ class Policy {
   /// Runs the file's `tests` and `sshTests` on `network`. The policy's own decisions do not depend on them; the real service does not take
   /// a file of which one fails. `whole_network`: a source or destination that is no node of `network` fails its test, as the service has
   /// it; without, such a test is left out (the network that one host sees may be a part, an imagined one has no given addresses).
-  TestReport run_tests(const Network& network, bool whole_network = true) const;
+  TestReport run_tests(const Network& network, bool whole_network = true, std::size_t most_pairs = any_number_of_pairs) const;
+  /// Pairs of a source and a destination that are looked at; a test that would need more is left out. posternd has no time for more.
+  static constexpr std::size_t any_number_of_pairs = std::numeric_limits<std::size_t>::max();
 
   /// A network that has what the file itself names: a node for each user and each tag. For run_tests() where no network is known.
   Network imagined_network() const;
+
+  std::size_t ssh_rule_count() const noexcept;
 
   /// Names that some rule's `users` writes out, sorted; `nonroot`: some rule takes autogroup:nonroot; `localparts`: some rule takes localpart:*@…
   struct UserNames {

@@ -1,8 +1,7 @@
 #include "auth/policy/ranges.h"
 
-#include <arpa/inet.h>
-
-#include <array>
+#include <algorithm>
+#include <iterator>
 
 namespace postern::auth::policy {
 namespace {
@@ -13,15 +12,6 @@ Number number_of(const Address& a) {
   Number n = 0;
   for (std::size_t i = 0; i < (a.v4() ? 4 : 16); i++) n = n << 8 | a.bytes()[i];
   return n;
-}
-
-/// inet_ntop and back: an Address can only be made from text or the kernel's form.
-Address address_of(Number n, bool v4) {
-  std::array<std::uint8_t, 16> bytes{};
-  for (std::size_t i = v4 ? 4 : 16; i-- > 0; n >>= 8) bytes[i] = static_cast<std::uint8_t>(n & 0xff);
-  char text[INET6_ADDRSTRLEN];
-  ::inet_ntop(v4 ? AF_INET : AF_INET6, bytes.data(), text, sizeof text);
-  return Address::parse(text).value_or(Address{});
 }
 
 Number last_of(const Prefix& p) {
@@ -73,32 +63,20 @@ void AddressRanges::add(const AddressRanges& other) {
   for (const auto& [first, last] : other.v6_) add(v6_, first, last);
 }
 void AddressRanges::remove(const AddressRanges& other) {
+  if (&other == this) {
+    v4_.clear();
+    v6_.clear();
+    return;
+  }
   for (const auto& [first, last] : other.v4_) remove(v4_, first, last);
   for (const auto& [first, last] : other.v6_) remove(v6_, first, last);
 }
 
-std::vector<Prefix> AddressRanges::prefixes() const {
-  std::vector<Prefix> out;
-  for (const bool v4 : {true, false}) {
-    const unsigned bits = v4 ? 32 : 128;
-    for (const auto& [begin, last] : v4 ? v4_ : v6_) {
-      for (Number first = begin;;) {
-        // The largest block that begins at `first` and ends by `last`.
-        unsigned free = 0;
-        while (free < bits && (first >> free & 1) == 0) {
-          const unsigned wider = free + 1;
-          const Number mask = wider >= 128 ? ~Number{0} : (Number{1} << wider) - 1;
-          if (mask > last - first) break;
-          free = wider;
-        }
-        out.push_back(Prefix{address_of(first, v4), bits - free});
-        const Number mask = free >= 128 ? ~Number{0} : (Number{1} << free) - 1;
-        if (last - first <= mask) break;
-        first += mask + 1;
-      }
-    }
-  }
-  return out;
+bool AddressRanges::contains(const Address& address) const noexcept {
+  const Set& set = address.v4() ? v4_ : v6_;
+  const Number n = number_of(address);
+  const auto after = set.upper_bound(n);
+  return after != set.begin() && std::prev(after)->second >= n;
 }
 
 std::optional<AddressRanges> parse_address_range(std::string_view text) {

@@ -2,10 +2,10 @@
 
 #include "base/address.h"
 
+#include <cstddef>
 #include <map>
 #include <optional>
 #include <string_view>
-#include <vector>
 
 namespace postern::auth::policy {
 
@@ -18,9 +18,9 @@ class AddressRanges {
   void remove(const Prefix& prefix);
   void add(const AddressRanges& other);
   void remove(const AddressRanges& other);
+  bool contains(const Address& address) const noexcept;
   bool empty() const noexcept { return v4_.empty() && v6_.empty(); }
-  /// The same set as prefixes, as few as possible, in order.
-  std::vector<Prefix> prefixes() const;
+  std::size_t size() const noexcept { return v4_.size() + v6_.size(); }  ///< ranges that do not touch each other
 
  private:
   using Number = unsigned __int128;

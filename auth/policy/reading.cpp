@@ -142,19 +142,15 @@ const Value* Reading::section(std::string_view name, Kind kind) {
 }
 
 Postures Reading::postures(const Value& rule, const std::string& field) {
+  // [] and null are none of its own, as when it is not there: then the default holds.
   const Member* own = find(rule, "srcPosture");
-  const Member* standard = find(root, "defaultSrcPosture");
-  const bool from_rule = own != nullptr && own->value.kind != Kind::null;
+  if (own == nullptr || is_empty(own->value)) return default_postures;
   Postures found;
-  if (!from_rule && standard == nullptr) return found;
-  const std::string where = from_rule ? field + ".srcPosture" : "defaultSrcPosture";
   std::size_t index = 0;
-  for (const auto& [raw, at] : strings(from_rule ? own->value : standard->value, where)) {
-    const std::string place = where + "[" + std::to_string(index++) + "]";
-    const auto name = trimmed(raw);
-    if (const auto it = posture_numbers.find(name); it != posture_numbers.end()) found.push_back(it->second);
-    // Of the default it is told once, where it stands (load.cpp), not for each rule.
-    else if (from_rule) problem(*at, place, "posture not found: " + json_quoted(name), "define it in postures");
+  for (const auto& [raw, at] : strings(own->value, field + ".srcPosture")) {
+    const std::string place = field + ".srcPosture[" + std::to_string(index++) + "]";
+    if (const auto it = posture_numbers.find(trimmed(raw)); it != posture_numbers.end()) found.push_back(it->second);
+    else problem(*at, place, "posture not found: " + json_quoted(trimmed(raw)), "define it in postures");
   }
   return found;
 }
@@ -299,7 +295,7 @@ std::optional<Principal> Reading::principal(std::string_view raw, const Value& a
   }
   if (begins("ipset:")) {
     if (is_ssh) return invalid("not in ssh rules");
-    if (const auto set = ipsets.find(text); set != ipsets.end()) return Principal{What::prefixes, std::string{text}, set->second.prefixes()};
+    if (const auto set = ipsets.find(text); set != ipsets.end()) return Principal{What::set, std::string{text}, {}, set->second};
     return refuse("ipset not found: " + json_quoted(text), "define it in ipsets");
   }
   if (begins("svc:")) {
@@ -311,11 +307,14 @@ std::optional<Principal> Reading::principal(std::string_view raw, const Value& a
     return invalid(is_src ? "a user, group, tag, autogroup:member or autogroup:tagged"
                           : "a tag, a user, autogroup:self, autogroup:member or autogroup:tagged; never a host, address or port");
   const auto host_name = begins("host:") ? text.substr(5) : text;
-  if (const auto host = out.hosts.find(host_name); host != out.hosts.end()) return Principal{What::prefixes, std::string{text}, {host->second}};
+  if (const auto host = out.hosts.find(host_name); host != out.hosts.end()) return Principal{What::prefix, std::string{text}, host->second};
   auto bare = text;
   if (bare.size() > 2 && bare.front() == '[' && bare.back() == ']') bare = bare.substr(1, bare.size() - 2);
-  if (const auto prefix = Prefix::parse(bare)) return Principal{What::prefixes, std::string{text}, {*prefix}};
-  if (const auto range = parse_address_range(bare)) return Principal{What::prefixes, std::string{text}, range->prefixes()};
+  if (const auto prefix = Prefix::parse(bare)) return Principal{What::prefix, std::string{text}, *prefix};
+  if (auto range = parse_address_range(bare)) {
+    out.sets.push_back(std::move(*range));
+    return Principal{What::set, std::string{text}, {}, static_cast<std::uint32_t>(out.sets.size() - 1)};
+  }
   return invalid("a user, group, tag, autogroup, address, prefix, or a name of hosts");
 }
 

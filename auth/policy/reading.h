@@ -2,6 +2,7 @@
 
 #include "auth/policy/compiled.h"
 #include "auth/policy/hujson.h"
+#include "auth/policy/matching.h"
 #include "auth/policy/policy.h"
 #include "auth/policy/ranges.h"
 
@@ -36,8 +37,9 @@ class Reading {
   hujson::Problems& warnings;
   const LoadOptions& options;
   Compiled& out;
-  StringMap<AddressRanges> ipsets = {};
+  StringMap<std::uint32_t> ipsets = {};  ///< their numbers in Compiled::sets
   StringMap<std::uint32_t> posture_numbers = {};
+  Postures default_postures = {};
 
   void problem(const Value& at, std::string field, std::string message, std::string hint = {}) {
     problems.add(at.line, at.column, std::move(field), std::move(message), std::move(hint));
@@ -89,9 +91,7 @@ void check_other_sections(Reading& reading);
 /// `tests` and `sshTests`.
 void read_tests(Reading& reading);
 
-/// A login such as alice@example.com; its domain.
+/// A login such as alice@example.com.
 inline bool is_login(std::string_view text) { return problem_of_login(text).empty(); }
-inline std::string_view domain_of(std::string_view login) { return login.substr(std::min(login.size(), login.find('@') + 1)); }
-inline std::string_view localpart_of(std::string_view login) { return login.substr(0, login.find('@')); }
 
 }  // namespace postern::auth::policy

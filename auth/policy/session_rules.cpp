@@ -5,6 +5,7 @@
 #include "base/units.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <array>
 #include <cctype>
 #include <charconv>
@@ -352,6 +353,16 @@ std::vector<std::string> session_rule_settings() {
   std::vector<std::string> names;
   for (const auto& n : table) names.emplace_back(n.in_settings);
   return names;
+}
+
+Expected<SessionRules> capability_rules(const Node& node, const std::string& capability) {
+  const auto it = node.capabilities.find(capability);
+  if (it == node.capabilities.end()) return SessionRules{};
+  hujson::Problems problems{"capability"};
+  SessionRules rules;
+  if (const auto value = hujson::parse(it->second, problems)) rules = read_session_rules(*value, it->first, problems);
+  if (!problems.empty()) return Unexpected{Error{EBADMSG, problems.take().front().text()}};
+  return rules;
 }
 
 }  // namespace postern::auth::policy

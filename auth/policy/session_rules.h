@@ -1,6 +1,8 @@
 #pragma once
 
 #include "auth/policy/hujson.h"
+#include "base/expected.h"
+#include "base/node.h"
 
 #include <chrono>
 #include <cstdint>
@@ -68,5 +70,9 @@ SessionRules read_session_rules(const hujson::Value& value, const std::string& f
 SessionRules read_session_rule_settings(const hujson::Value& object, const std::string& field, hujson::Problems& problems);
 /// Those names, in the table's order.
 std::vector<std::string> session_rule_settings();
+
+/// The rules that a node's own capability (whois's CapMap) asks for; none where it has none. An error (`doing`: the problem with its place)
+/// where it cannot be read: then nobody knows what it forbids.
+Expected<SessionRules> capability_rules(const Node& node, const std::string& capability);
 
 }  // namespace postern::auth::policy

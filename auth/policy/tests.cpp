@@ -156,30 +156,48 @@ bool is_public(const Address& a) {
 
 class Runner {
  public:
-  Runner(const Policy& policy, const Compiled& compiled, const Network& network, bool whole) : policy_{policy}, c_{compiled}, network_{network}, whole_{whole} {}
+  Runner(const Policy& policy, const Compiled& compiled, const Network& network, bool whole, std::size_t most_pairs)
+      : policy_{policy}, c_{compiled}, network_{network}, whole_{whole}, pairs_left_{most_pairs} {}
 
   TestReport run() {
-    for (const auto& t : c_.tests) one(t, [&] { network(t); });
-    for (const auto& t : c_.ssh_tests) one(t, [&] { ssh(t); });
+    for (const auto& t : c_.tests) one([&] { network(t); });
+    for (const auto& t : c_.ssh_tests) one([&] { ssh(t); });
     return std::move(report_);
   }
 
  private:
-  template <class Test, class Body>
-  void one(const Test&, const Body& body) {
-    const auto failed = report_.failed.size(), left_out = report_.left_out.size();
+  template <class Body>
+  void one(const Body& body) {
+    const auto failed = failures_, left_out = report_.left_out.size();
     body();
-    if (report_.failed.size() == failed && report_.left_out.size() == left_out) report_.passed++;
+    if (failures_ == failed && report_.left_out.size() == left_out) report_.passed++;
   }
 
   template <class At>
   void fail(const At& at, const std::string& why) {
-    report_.failed.push_back({Place{c_.file, at.line, at.column}, at.field, "test(s) failed: " + why, ""});
+    if (++failures_ > hujson::max_problems) return;
+    const bool last = failures_ == hujson::max_problems;
+    report_.failed.push_back({Place{c_.file, at.line, at.column}, at.field, "test(s) failed: " + why, last ? "further ones are not shown" : ""});
+  }
+  template <class At>
+  void leave_out(const At& at, const std::string& why, const std::string& hint) {
+    report_.left_out.push_back({Place{c_.file, at.line, at.column}, at.field, "this test cannot be tried here: " + why, hint});
   }
   template <class At>
   void unresolved(const At& at, const std::string& why) {
     if (whole_) fail(at, why);
-    else report_.left_out.push_back({Place{c_.file, at.line, at.column}, at.field, "this test cannot be tried here: " + why, "give the network"});
+    else leave_out(at, why, "give the network");
+  }
+  /// False when there is no time for so many; then it has been told.
+  template <class At>
+  bool may_try(const At& at, std::size_t sources, std::size_t destinations) {
+    const std::size_t pairs = sources * destinations;  // both below 2^32
+    if (pairs > pairs_left_) {
+      leave_out(at, std::to_string(pairs) + " pairs of nodes are too many", "postern policy check tries them");
+      return false;
+    }
+    if (pairs_left_ != Policy::any_number_of_pairs) pairs_left_ -= pairs;
+    return true;
   }
 
   static Node seen(const Node& node, const std::optional<std::map<std::string, Attribute>>& attributes) {
@@ -189,7 +207,6 @@ class Runner {
   }
 
   void ssh(const SshTest& test) {
-    using Kinds = SshTest::Expectation::Kind;
     if (test.src.empty()) return fail(test, "src must be specified");
     if (test.dst.empty()) return fail(test, "dst must be specified");
     if (test.expectations.empty()) return fail(test, "nothing is expected: accept, check and deny are all empty");
@@ -198,40 +215,67 @@ class Runner {
     for (const auto& text : test.dst) {
       // The service finds no node by its IPv6 address here (capture sshtest-malformed-dst-bare-ipv6).
       if (const auto address = Address::parse(unbracketed(text)); address && !address->v4()) return fail(test, json_quoted(text) + ": an IPv6 address is no dst of a test");
+      Named destinations;
+      const bool self = text == "autogroup:self";
+      if (!self) {
+        destinations = nodes_named(c_, network_, text);
+        if (destinations.ends.empty()) return unresolved(test, destinations.problem);
+      }
+      if (!may_try(test, sources.ends.size(), self ? network_.nodes.size() : destinations.ends.size())) return;
       for (const End& from : sources.ends) {
-        Named destinations;
-        if (text == "autogroup:self") {
+        if (self) {
+          destinations.ends.clear();
           for (const Node& n : network_.nodes)
             if (same_user(n, *from.node)) destinations.ends.push_back({&n, n.addresses});
-          if (destinations.ends.empty()) destinations.problem = "autogroup:self is no node of the network for " + json_quoted(test.src);
-        } else {
-          destinations = nodes_named(c_, network_, text);
+          if (destinations.ends.empty()) return unresolved(test, "autogroup:self is no node of the network for " + json_quoted(test.src));
         }
-        if (destinations.ends.empty()) return unresolved(test, destinations.problem);
         const Node source = seen(*from.node, test.attributes);
-        for (const End& to : destinations.ends) {
-          for (const auto& wanted : test.expectations) {
-            const Question question{source, source.addresses.empty() ? Address{} : from.addresses.front(), *to.node, wanted.user, std::nullopt};
-            const Verdict verdict = policy_.decide(network_, question, false);
-            const bool in = verdict.outcome != Outcome::deny;
-            const bool holds = wanted.kind == Kinds::deny ? !in : wanted.kind == Kinds::accept ? in : verdict.outcome == Outcome::check;
-            if (holds) continue;
-            const char* want = wanted.kind == Kinds::deny ? "deny" : wanted.kind == Kinds::accept ? "accept" : "check";
-            const std::string got = !in ? "deny" : (verdict.outcome == Outcome::check ? "check" : "accept") + std::string{" by "} + verdict.rule.text();
-            if (told_.insert(wanted.field).second)
-              fail(wanted, json_quoted(test.src) + " (" + source.name + ") to " + json_quoted(text) + " (" + to.node->name + ") as " + json_quoted(wanted.user) + ": want " + want +
-                               ", got " + got);
-          }
-        }
+        for (const End& to : destinations.ends)
+          for (const auto& wanted : test.expectations) expect(test, text, wanted, source, from, *to.node);
       }
     }
+  }
+
+  void expect(const SshTest& test, const std::string& dst, const SshTest::Expectation& wanted, const Node& source, const End& from, const Node& to) {
+    using Kinds = SshTest::Expectation::Kind;
+    const Question question{source, from.addresses.empty() ? Address{} : from.addresses.front(), to, wanted.user, std::nullopt};
+    const Verdict verdict = policy_.decide(network_, question, false);
+    const bool in = verdict.outcome != Outcome::deny;
+    const bool holds = wanted.kind == Kinds::deny ? !in : wanted.kind == Kinds::accept ? in : verdict.outcome == Outcome::check;
+    if (holds || !told_.insert(wanted.field).second) return;
+    const char* want = wanted.kind == Kinds::deny ? "deny" : wanted.kind == Kinds::accept ? "accept" : "check";
+    const std::string got = !in ? "deny" : (verdict.outcome == Outcome::check ? "check" : "accept") + std::string{" by "} + verdict.rule.text();
+    fail(wanted, json_quoted(test.src) + " (" + source.name + ") to " + json_quoted(dst) + " (" + to.name + ") as " + json_quoted(wanted.user) + ": want " + want + ", got " + got);
+  }
+
+  /// One address of one node, and the network rules that name it on its side.
+  struct Spotted {
+    const Node* node;
+    Address address;
+    RuleSet rules, own_rules;  ///< own_rules: where the other end is a device of the same user
+  };
+  std::vector<Spotted> places(const Side& side, const std::vector<End>& ends) const {
+    std::vector<Spotted> out;
+    const auto any_port = [](PortsId) { return true; };
+    for (const End& end : ends)
+      for (const Address& a : end.addresses) {
+        const std::array<Address, 1> one{a};
+        out.push_back({end.node, a, rules_for(c_, side, c_.network.size(), *end.node, one, false, any_port), rules_for(c_, side, c_.network.size(), *end.node, one, true, any_port)});
+      }
+    return out;
   }
 
   void network(const NetworkTest& test) {
     if (test.src.empty()) return fail(test, "src must be specified");
     if (test.targets.empty()) return fail(test, "nothing is expected: accept and deny are both empty");
-    const Named sources = nodes_named(c_, network_, test.src);
+    Named sources = nodes_named(c_, network_, test.src);
     if (sources.ends.empty()) return unresolved(test, sources.problem);
+    std::vector<Node> with_attributes;
+    if (test.attributes) {
+      for (const End& e : sources.ends) with_attributes.push_back(seen(*e.node, test.attributes));
+      for (std::size_t i = 0; i < sources.ends.size(); i++) sources.ends[i].node = &with_attributes[i];
+    }
+    std::vector<Spotted> from;
     for (const auto& target : test.targets) {
       if (target.port == 0 && test.protocol != 1 && test.protocol != 58) {
         fail(target, json_quoted(target.text) + " is not host:port with one port");
@@ -249,42 +293,49 @@ class Runner {
         unresolved(target, destinations.problem);
         continue;
       }
-      for (const End& from : sources.ends)
-        for (const End& to : destinations.ends) pair(test, target, from, to);
+      if (!may_try(target, sources.ends.size(), destinations.ends.size())) continue;
+      if (from.empty()) from = places(c_.any_src, sources.ends);
+      all_pairs(test, target, from, places(c_.any_dst, destinations.ends), address_named(c_, target.host).has_value());
     }
   }
 
-  void pair(const NetworkTest& test, const NetworkTest::Target& target, const End& from, const End& to) {
-    const Node source = seen(*from.node, test.attributes);
-    for (const Address& a : from.addresses) {
-      for (const Address& b : to.addresses) {
-        if (a.v4() != b.v4() && to.addresses.size() > 1) continue;
-        const std::string by = opened_by(source, a, to, b, test.protocol, target.port);
+  /// `one_address`: the test names it, whatever family the sources have.
+  void all_pairs(const NetworkTest& test, const NetworkTest::Target& target, const std::vector<Spotted>& from, const std::vector<Spotted>& to, bool one_address) {
+    std::size_t compared = 0;
+    for (const Spotted& a : from)
+      for (const Spotted& b : to) {
+        if (a.address.v4() != b.address.v4() && !one_address) continue;
+        compared++;
+        const std::string by = opened_by(a, b, test.protocol, target.port);
         if (!by.empty() == target.accept) continue;
-        if (told_.insert(target.field).second)
-          fail(target, json_quoted(test.src) + " (" + source.name + ") to " + json_quoted(target.text) + ": want " + (target.accept ? "accept" : "deny") + ", got " +
-                           (by.empty() ? "deny" : "accept by " + by));
-        return;
+        return fail(target, json_quoted(test.src) + " (" + a.node->name + ") to " + json_quoted(target.text) + ": want " + (target.accept ? "accept" : "deny") + ", got " +
+                                (by.empty() ? "deny" : "accept by " + by));
       }
-    }
+    if (compared == 0) fail(target, json_quoted(test.src) + " and " + json_quoted(target.host) + " have no addresses of one family");
   }
 
   /// The rule that opens it, or "".
-  std::string opened_by(const Node& source, const Address& a, const End& to, const Address& b, std::uint16_t protocol, std::uint16_t port) const {
+  std::string opened_by(const Spotted& a, const Spotted& b, std::uint16_t protocol, std::uint16_t port) const {
     if (c_.network_is_open) return "default";
-    const bool own = same_user(source, *to.node);
-    const bool node = !to.node->id.empty();
+    const bool own = same_user(*a.node, *b.node);
+    const bool is_node = !b.node->id.empty(), internet = !is_node && is_public(b.address);
     const auto opens = [&](const Open& o) {
       const bool same = o.protocol == 0 || (protocol == 0 ? o.protocol == 6 || o.protocol == 17 : o.protocol == protocol);
       return same && (port == 0 || (o.ports.first <= port && port <= o.ports.last));
     };
-    for (const NetworkRule& rule : c_.network) {
-      if ((rule.via && node) || first_taking(c_, rule.src, source, {&a, 1}, own) == nullptr || !postures_hold(c_, rule.postures, source.attributes)) continue;
-      for (const auto& d : rule.dst) {
-        const bool internet = d.who.name == "autogroup:internet" && !node && is_public(b);
-        if ((internet || takes(c_, d.who, *to.node, {&b, 1}, own)) && std::any_of(d.opens.begin(), d.opens.end(), opens)) return rule.field;
-      }
-    }
+    const auto opened = [&](const NetworkRule& rule) {
+      if ((rule.via && is_node) || !postures_hold(c_, rule.postures, a.node->attributes)) return false;
+      return std::any_of(rule.dst.begin(), rule.dst.end(), [&](const auto& d) {
+        const bool takes_it = takes(c_, d.who, *b.node, {&b.address, 1}, own) || (internet && d.who.name == "autogroup:internet");
+        return takes_it && std::any_of(d.opens.begin(), d.opens.end(), opens);
+      });
+    };
+    const RuleSet& named = own ? b.own_rules : b.rules;
+    for (long n = RuleSet::first_common(a.rules, named); n >= 0; n = RuleSet::first_common(a.rules, named, static_cast<std::size_t>(n) + 1))
+      if (const NetworkRule& rule = c_.network[static_cast<std::size_t>(n)]; opened(rule)) return rule.field;
+    if (internet)  // no list holds what is no node
+      for (long n = RuleSet::first_common(a.rules, a.rules); n >= 0; n = RuleSet::first_common(a.rules, a.rules, static_cast<std::size_t>(n) + 1))
+        if (const NetworkRule& rule = c_.network[static_cast<std::size_t>(n)]; opened(rule)) return rule.field;
     return {};
   }
 
@@ -292,6 +343,8 @@ class Runner {
   const Compiled& c_;
   const Network& network_;
   const bool whole_;
+  std::size_t pairs_left_;
+  std::size_t failures_ = 0;
   TestReport report_;
   std::set<std::string> told_;
 };
@@ -312,7 +365,9 @@ void read_tests(Reading& r) {
   each("sshTests", [&](const Value& v, std::string field) { r.out.ssh_tests.push_back(ssh_test(r, v, std::move(field))); });
 }
 
-TestReport Policy::run_tests(const Network& network, bool whole_network) const { return Runner{*this, *compiled_, network, whole_network}.run(); }
+TestReport Policy::run_tests(const Network& network, bool whole_network, std::size_t most_pairs) const {
+  return Runner{*this, *compiled_, network, whole_network, most_pairs}.run();
+}
 
 Network Policy::imagined_network() const {
   const Compiled& c = *compiled_;

@@ -33,6 +33,9 @@ constexpr auto refusal_drain_time = 1s;
 // Signatures for rekeys. OpenSSH's chacha20 asks every GiB and direction, so a fast bulk transfer needs one a second; `RekeyLimit` may
 // ask for more. Too fast is answered later, not refused (that would end a good connection); a queue of them is refused.
 constexpr double sign_bucket = 10, sign_per_second = 2, sign_debt = 8;
+// A policy that loads must not fail at the login.
+static_assert(auth::policy::most_accept_env == max_accept_env);
+static_assert(auth::policy::longest_accept_env == sizeof(decltype(ConnectionFacts::accept_env)::value_type{}.text));
 // What a worker may tell the log, in one connection.
 constexpr unsigned most_notes = 32;
 

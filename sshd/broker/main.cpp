@@ -2,6 +2,7 @@
 //
 // Runs as root. Accepts connections, asks the identity provider who is there, decides by the policy, signs with the host keys, and
 // remembers who is in. Never parses an SSH byte: postern-net does, in its sandbox, and what it says is taken as a stranger's word.
+#include "auth/policy/hujson.h"
 #include "base/daemon.h"
 #include "base/log.h"
 #include "sshd/broker/broker.h"
@@ -59,7 +60,7 @@ int main(int argc, char** argv) {
         if (const auto rules = effective_rules({}, node, *config); !rules)
           std::cerr << "warning: " << config->identity.file << ": node " << safe_quoted(node.name) << " cannot log in: " << rules.error().doing << "\n";
     }
-    const auto policy_text = read_whole_file(config->policy.file, 64 * 1024 * 1024);
+    const auto policy_text = read_whole_file(config->policy.file, auth::policy::hujson::max_file_bytes);
     if (!policy_text) {
       problems.push_back({{config->policy.file, 1, 1}, "", policy_text.error().doing, ""});
     } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file, load_options(*config)); !policy) {

@@ -3,21 +3,15 @@
 #include "sshd/protocol/forward_targets.h"
 
 #include <algorithm>
-#include <cerrno>
 
 namespace postern::sshd::broker {
 
 namespace policy = auth::policy;
 
 Expected<policy::SessionRules> effective_rules(const policy::SessionRules& granted, const Node& source, const Config& config) {
-  policy::SessionRules rules = policy::stricter(granted, config.session_rules);
-  const auto capability = source.capabilities.find(config.policy.session_capability);
-  if (capability == source.capabilities.end()) return rules;
-  policy::hujson::Problems problems{"capability"};
-  const auto value = policy::hujson::parse(capability->second, problems);
-  if (value) rules = policy::stricter(std::move(rules), policy::read_session_rules(*value, capability->first, problems));
-  if (!problems.empty()) return Unexpected{Error{EBADMSG, problems.take().front().text()}};
-  return rules;
+  auto own = policy::capability_rules(source, config.policy.session_capability);
+  if (!own) return Unexpected{own.error()};
+  return policy::stricter(policy::stricter(granted, config.session_rules), *own);
 }
 
 bool write_rules(const policy::SessionRules& rules, ConnectionFacts::Rules& into) {

@@ -1,25 +1,19 @@
 #include "sshd/session/limits.h"
 
+#include "base/go_duration.h"
+
 #include <algorithm>
 
 namespace postern::sshd::session {
 
 using Rules = ConnectionFacts::Rules;
 
-std::string duration_text(std::uint32_t seconds) {
-  const auto h = seconds / 3600, m = seconds / 60 % 60, s = seconds % 60;
-  std::string out;
-  if (h > 0) out += std::to_string(h) + "h";
-  if (h > 0 || m > 0) out += std::to_string(m) + "m";
-  return out + std::to_string(s) + "s";
-}
-
 TimeLimits::TimeLimits(Poller& poller, const Rules& rules, std::function<void(const std::string&, const std::string&)> over)
     : poller_{poller}, over_{std::move(over)} {
   if (rules.max_duration_seconds != Rules::no_limit) {
     total_timer_ = poller_.after(std::chrono::seconds{rules.max_duration_seconds}, [this, seconds = rules.max_duration_seconds] {
       total_timer_ = 0;
-      over_("max_duration", "Session timeout of " + duration_text(seconds) + " elapsed.");
+      over_("max_duration", "Session timeout of " + go_duration_text(std::chrono::seconds{seconds}) + " elapsed.");
     });
   }
   if (rules.idle_timeout_seconds != Rules::no_limit) {
@@ -41,7 +35,7 @@ std::chrono::milliseconds TimeLimits::report_interval() const noexcept {
 void TimeLimits::check_idle() {
   // One timer, set again when it fires: activity itself costs nothing but a look at the clock.
   const auto due = last_ + idle_;
-  if (Poller::Clock::now() >= due) return over_("idle_timeout", "Idle timeout of " + duration_text(static_cast<std::uint32_t>(idle_.count())) + " elapsed.");
+  if (Poller::Clock::now() >= due) return over_("idle_timeout", "Idle timeout of " + go_duration_text(idle_) + " elapsed.");
   idle_timer_ = poller_.at(due, [this] {
     idle_timer_ = 0;
     check_idle();

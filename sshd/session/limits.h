@@ -10,9 +10,6 @@
 
 namespace postern::sshd::session {
 
-/// "1h0m0s", "1m30s", "5s": as Go writes durations, and so the texts of Tailscale's server.
-std::string duration_text(std::uint32_t seconds);
-
 /// How long a connection may last (max_duration), and how long nothing may move on it (idle_timeout). From its login on: make it then.
 class TimeLimits {
  public:

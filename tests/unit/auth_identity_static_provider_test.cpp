@@ -142,10 +142,10 @@ TEST_CASE("a reload takes a good file and keeps the old nodes on a broken one", 
 TEST_CASE("a missing file, a directory or a FIFO in its place is a problem, not a wait", "[auth][identity]") {
   const TempDir dir;
   CHECK(make_static_provider((dir.path / "none").string()).error()[0].message.find("No such file") != std::string::npos);
-  CHECK(make_static_provider(dir.path.string()).error()[0].message == "not a regular file");
+  CHECK(make_static_provider(dir.path.string()).error()[0].message.find("Is a directory") != std::string::npos);
   const auto fifo = (dir.path / "fifo").string();
   REQUIRE(::mkfifo(fifo.c_str(), 0600) == 0);
-  CHECK(make_static_provider(fifo).error()[0].message == "not a regular file");
+  CHECK(make_static_provider(fifo).error()[0].message.find("not a regular file") != std::string::npos);
 }
 
 TEST_CASE("a node's capabilities and attributes are read", "[auth][identity]") {

@@ -28,6 +28,8 @@ Network small_network() {
       tagged_node("t1", "100.64.0.11", {"tag:s", "tag:t"}),
       tagged_node("u1", "100.64.0.12", {"tag:u"}),
   }};
+  n.nodes[1].addresses.push_back(*Address::parse("fd7a::2"));
+  n.nodes[4].addresses.push_back(*Address::parse("fd7a::10"));
   n.nodes[0].attributes = {{"node:os", "macos"}};
   n.nodes[6].attributes = {{"node:os", "linux"}};
   return n;
@@ -87,7 +89,7 @@ class Generator {
     return r;
   }
 
-  const std::vector<std::string> network_words{"*", "ann@example.com", "group:g", "tag:s", "tag:u", "autogroup:member", "autogroup:tagged", "100.64.0.0/30", "100.64.0.11", "user:*@example.org"};
+  const std::vector<std::string> network_words{"*", "ann@example.com", "group:g", "tag:s", "tag:u", "autogroup:member", "autogroup:tagged", "100.64.0.0/30", "100.64.0.11", "fd7a::/64", "100.64.0.1-100.64.0.10", "user:*@example.org"};
   std::mt19937 random_;
 };
 
@@ -107,7 +109,7 @@ TEST_CASE("explain names the rule that decide takes, whatever the policy", "[aut
       for (const Node& destination : network.nodes) {
         for (const std::string_view user : {"root", "ann", "bea", "toor", "zoe", "0"}) {
           for (const std::optional<std::uint32_t> uid : {std::optional<std::uint32_t>{}, std::optional<std::uint32_t>{0}, std::optional<std::uint32_t>{1000}}) {
-            const Question question{source, source.addresses[0], destination, user, uid};
+            const Question question{source, source.addresses.back(), destination, user, uid};
             const auto alone = policy->decide(network, question, false);
             const auto told = policy->explain(network, question, false);
             const auto it = std::find_if(told.rules.begin(), told.rules.end(), [](const RuleTrace& r) { return r.decides; });
@@ -185,6 +187,22 @@ TEST_CASE("an app grant's limits reach the sessions between its sources and dest
   CHECK(rules(policy, "b1", "s1").max_duration == std::optional<std::chrono::seconds>{std::chrono::hours{1}});
   CHECK(rules(policy, "a1", "u1") == SessionRules{});
   CHECK(rules(load(grants, "other.example/cap/x"), "a1", "s1") == SessionRules{});
+  // They only narrow: a posture that is not met, or another address of the same node, does not shake them off; and one for people whom
+  // nobody can tell is refused.
+  const auto strict = Policy::load(R"({"tagOwners": {"tag:s": []}, "postures": {"posture:x": ["custom:x == true"]}, "grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"]},
+    {"src": ["ann@example.com"], "dst": ["tag:s"], "srcPosture": ["posture:x"], "app": {"postern.internal/cap/ssh": [{"pty": false}]}},
+    {"src": ["100.64.0.3"], "dst": ["100.64.0.10"], "app": {"postern.internal/cap/ssh": [{"sftp": "none"}]}}],
+    "ssh": [{"action": "accept", "src": ["autogroup:member"], "dst": ["tag:s"], "users": ["root"]}]})", "p");
+  REQUIRE(strict);
+  CHECK_FALSE(rules(*strict, "a1", "s1").pty);
+  Node two = node("b1");
+  two.addresses.push_back(*Address::parse("fd7a::3"));
+  CHECK(strict->decide(network, {two, two.addresses[1], node("s1"), "root", std::nullopt}).session_rules.sftp == SessionRules::Sftp::none);
+  for (const std::string who : {"group:x@example.com", "autogroup:admin"}) {
+    const auto vain = Policy::load(R"({"grants": [{"src": [")" + who + R"("], "dst": ["*"], "app": {"postern.internal/cap/ssh": [{"pty": false}]}}]})", "p");
+    REQUIRE_FALSE(vain);
+    CHECK(vain.error().front().message.find("would hold for nobody") != std::string::npos);
+  }
   const auto bad = Policy::load("{\"grants\": [{\"src\": [\"*\"], \"dst\": [\"*\"],\n \"app\": {\"postern.internal/cap/ssh\": [{\"sftpp\": 1}]}}]}", "p");
   REQUIRE_FALSE(bad);
   CHECK(bad.error().front().place.line == 2);

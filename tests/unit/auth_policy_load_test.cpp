@@ -90,6 +90,11 @@ TEST_CASE("ssh rules are refused with the sentences of the real service", "[auth
   CHECK(ssh_problem(rule_with("users", "[0]")) == "ssh[0].users[0]: must be a string, not a number");
   CHECK(ssh_problem(rule_with("acceptEnv", "[\"A\", \"\"]")) == "ssh[0].acceptEnv[1]: acceptEnv values cannot be empty");
   for (const std::string fine : {"null", "[]", "[\"**\"]"}) CHECK(ssh_problem(rule_with("acceptEnv", fine)).empty());
+  std::string many;
+  for (std::size_t i = 0; i < most_accept_env; i++) many += "\"A" + std::to_string(i) + "\",";
+  CHECK(ssh_problem(rule_with("acceptEnv", "[" + many + "]")).empty());
+  CHECK(ssh_problem(rule_with("acceptEnv", "[" + many + "\"B\", \"C\"]")) == "ssh[0].acceptEnv[64]: too many acceptEnv values");
+  CHECK(ssh_problem(rule_with("acceptEnv", "[\"" + std::string(129, 'A') + "\"]")) == "ssh[0].acceptEnv[0]: an acceptEnv value is too long");
   for (const std::string dst : {"srv", "*", "100.64.0.16", "100.64.0.0/24", "group:eng", "autogroup:nonroot", "autogroup:internet", "", "server:22"})
     CHECK(ssh_problem(rule_with("dst", "[\"" + dst + "\"]")) == "ssh[0].dst[0]: invalid dst \"" + dst + "\"");
   for (const std::string src : {"srv", "*", "100.64.0.16", "autogroup:self", "autogroup:nonroot", "", "alice", "@x", "a@b@c", "al ice@x"})

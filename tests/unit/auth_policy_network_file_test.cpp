@@ -51,6 +51,7 @@ TEST_CASE("the network's domain is the tailnet's, else that of the user with the
   const std::string users = R"("users": [{"id": 10, "name": "b", "email": "b@ten.example"}, {"id": 9, "name": "a", "email": "a@nine.example"}])";
   CHECK(domains(users + R"(, "tailnet": "x@example.com")") == std::vector<std::string>{"example.com"});
   CHECK(domains(users + R"(, "tailnet": "example.net")") == std::vector<std::string>{"example.net"});
+  CHECK(domains(users + R"(, "tailnet": "example.net", "domains": ["a.example", "b.example"])") == std::vector<std::string>{"a.example", "b.example"});
   CHECK(domains(users) == std::vector<std::string>{"nine.example"});
   CHECK(domains(R"("users": [{"name": "a", "email": "a@nine.example"}])").empty());
   CHECK(domains(R"("users": [{"id": 1, "name": "a", "email": "a@"}])").empty());
@@ -96,7 +97,7 @@ TEST_CASE("all that is wrong with a network is told at once, with its place", "[
   CHECK(problems_of("[]").find("net.json:1:1: must be an object") == 0);
   CHECK(problems_of("{\"users\": []}").find("net.json:1:1: nodes: nodes are missing") == 0);
   CHECK(problems_of(R"({
-  "tailnet": 7,
+  "tailnet": 7, "domains": [8],
   "users": [{"id": 1, "name": "a", "email": "a@x.y"}, {"id": 1, "name": "a", "email": "no login"}, 5, {"id": -1, "name": "c"}, {"email": "d@x.y"}],
   "nodes": {
     "one": {"ipv4": "100.64.0.1", "user": "nobody"},
@@ -107,6 +108,7 @@ TEST_CASE("all that is wrong with a network is told at once, with its place", "[
   },
 })") ==
         R"(net.json:2:14: tailnet: must be a string, not a number
+net.json:2:29: domains[0]: must be a string, not a number
 net.json:3:62: users[1].id: another user has the id 1
 net.json:3:73: users[1].name: another user has the name "a"
 net.json:3:87: users[1].email: "no login": a user must be written name@domain
@@ -136,7 +138,7 @@ TEST_CASE("what a provider knows reads back as the same network", "[auth][policy
       {"server", "server", {*Address::parse("100.64.0.2")}, "", {"tag:a", "tag:b"}},
   };
   network.users = {"alice@example.com", "bob@example.com"};
-  const std::string text = network_text(network);
+  const std::string text = network_text({.network = network});
   CHECK(text.find('\n') == std::string::npos);
   const auto file = good(text);
   REQUIRE(file.network.nodes.size() == 2);
@@ -152,4 +154,5 @@ TEST_CASE("what a provider knows reads back as the same network", "[auth][policy
   }
   CHECK(file.network.users == network.users);
   CHECK(file.domains.empty());
+  CHECK(good(network_text({.network = network, .domains = {"example.com"}})).domains == std::vector<std::string>{"example.com"});
 }

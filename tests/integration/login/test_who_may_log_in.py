@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from harness import IS_ROOT, SLACK, processes, wait_until
+from harness import IS_ROOT, SLACK, processes, rng, wait_until
 
 # Lines that OpenSSH's client says by itself.
 CLIENTS_OWN = re.compile(r"Permission denied|Disconnected from|Connection (closed|reset)|^Received disconnect")
@@ -308,6 +308,49 @@ def test_a_broken_policy_is_refused_at_reload_and_the_old_one_stays(stack):
     finally:
         stack.set_policy(good)
     assert stack.ssh("echo in").text == "in\n"
+
+
+def test_a_policy_that_is_cut_off_while_it_is_written_is_not_taken_wherever_it_ends(stack):
+    good = stack.policy_file.read_text()
+    try:
+        for end in [0, 1, *rng("cut").sample(range(2, len(good.rstrip()) - 1), 12), len(good.rstrip()) - 1]:
+            since = stack.posternd.log_size()
+            stack.set_policy(good[:end])
+            log = stack.posternd.log(since)
+            assert "event=policy_kept" in log and re.search(r"policy\.hujson:\d+:\d+", log), (end, log)
+        assert stack.ssh("echo in").text == "in\n"
+    finally:
+        stack.set_policy(good)
+
+
+def test_a_pipe_in_place_of_the_policy_holds_nobody_up(stack):
+    good = stack.policy_file.read_text()
+    stack.policy_file.unlink()
+    os.mkfifo(stack.policy_file)
+    try:
+        assert "event=policy_kept" in stack.reload()
+        assert stack.ssh("echo in").text == "in\n"
+    finally:
+        stack.policy_file.unlink()
+        stack.set_policy(good)
+
+
+def test_a_policy_whose_own_test_fails_is_not_taken(stack):
+    good = stack.policy_file.read_text()
+    document = json.loads(good.split("\n", 1)[1])
+    try:
+        document["sshTests"] = [{"src": "alice@example.com", "dst": [stack.server], "deny": [stack.user]}]
+        since = stack.posternd.log_size()
+        stack.set_policy(json.dumps(document))
+        log = stack.posternd.log(since)
+        assert "event=policy_test_failed" in log and "test(s) failed" in log and "event=policy_kept" in log
+        document["sshTests"] = [{"src": "alice@example.com", "dst": [stack.server], "accept": [stack.user]}, {"src": "nobody@example.com", "dst": [stack.server], "deny": ["x"]}]
+        since = stack.posternd.log_size()
+        stack.set_policy(json.dumps(document))
+        log = stack.posternd.log(since)
+        assert "event=policy_test_left_out" in log and "event=policy_loaded" in log
+    finally:
+        stack.set_policy(good)
 
 
 def test_a_session_that_the_policy_no_longer_allows_is_ended_with_a_message(make_stack):

@@ -148,7 +148,7 @@ def test_a_difference_is_the_difference_of_who_gets_in(policy_file, seed):
     text = postern("diff", old, new, "--network", network, *flags(user=names))
     assert sorted(line[0] for line in text.out.splitlines()) == sorted({"gained": "+", "lost": "-", "changed": "~"}[line["change"]] for line in difference)
     if difference:
-        assert text.err == f"{len(by_kind('gained'))} gained, {len(by_kind('lost'))} lost, {len(by_kind('changed'))} changed\n"
+        assert text.err.startswith(f"{len(by_kind('gained'))} gained, {len(by_kind('lost'))} lost, {len(by_kind('changed'))} changed\n")
 
 
 def test_without_names_a_difference_takes_those_of_both_policies(policy_file):
@@ -197,8 +197,17 @@ def test_a_decision_says_all_that_a_session_would_get(ours):
     text = postern("decide", *ours, "--src", "laptop", "--dst", "server", "--user", "ann").out
     assert text.startswith("accept: laptop -> server as ann\n")
     for line in (f"rule            {ours[1]}:20:5", "local user      ann", "accept env      GIT_* LANG",
-                 "recorders       tag:recorder: rec-a (100.64.0.8), rec-b (100.64.0.9)", "enforce         yes", "network rule    opens port 22 (not asked for): "):
+                 "recorders       tag:recorder: rec-a (100.64.0.8), rec-b (100.64.0.9)", "enforce         yes", f"network rule    {ours[1]}:7:5: grants[0] opens port 22: "):
         assert f"\n  {line}" in text
+    assert text.endswith(" (not asked for)\n")
+
+
+def test_a_decision_has_the_session_rules_of_the_app_grants(policy_file, ours):
+    for capability, more in (("postern.internal/cap/ssh", []), ("example.com/cap/own", ["--session-capability", "example.com/cap/own"])):
+        grants = [{**POLICY["grants"][0], "app": {capability: [{"sftp": "read-only", "maxDuration": "8h"}]}}]
+        login = ["--policy", policy_file({**POLICY, "grants": grants}, "app"), *ours[2:], "--src", "laptop", "--dst", "server", "--user", "ann", *more]
+        assert postern("decide", *login, "--json").json["session_rules"] == {"maxDuration": "8h", "sftp": "read-only"}
+        assert '\n  session rule    sftp = "read-only"\n' in postern("decide", *login).out
 
 
 def test_a_check_says_how_long_a_proof_of_identity_counts(policy_file, ours):
@@ -286,6 +295,12 @@ def test_a_difference_tells_what_changes_for_whom(policy_file, ours):
     assert changed == {"change": "changed", "src": "laptop", "dst": "server", "ssh_user": "deploy",
                        "old": {"verdict": "accept", "local_user": "deploy", "accept_env": ["GIT_*", "LANG"], "recorder_tag": "tag:recorder", "enforce_recorder": True},
                        "new": {"verdict": "accept", "local_user": "deploy", "recorder_tag": "tag:recorder", "enforce_recorder": False}}
+
+
+def test_another_check_period_is_told_though_the_logins_stay(policy_file, ours):
+    rule = lambda period: policy_file({**POLICY, "ssh": [{"action": "check", "src": ["alice@example.com"], "dst": ["tag:server"], "users": ["root"], "checkPeriod": period}]}, period)
+    difference = postern("diff", rule("1h"), rule("2h"), *ours[2:])
+    assert (difference.out, difference.err) == ("", "postern policy diff: 1 login that stays has another check period\n")
 
 
 def test_with_network_rules_a_difference_shows_what_a_grant_opens(policy_file, ours):

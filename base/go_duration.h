@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace postern::auth::policy {
+namespace postern {
 
 /// A Go duration ("20m", "1h30m", "1.5h", "-1m", "0"), as Tailscale's file writes them (pkg.go.dev/time#ParseDuration).
 struct GoDuration {
@@ -18,4 +18,4 @@ GoDuration parse_go_duration(std::string_view text);
 /// As Go prints it (pkg.go.dev/time#Duration.String): "168h0m1s", "-1m0s", "1.5s", "300ms", "0s".
 std::string go_duration_text(std::chrono::nanoseconds value);
 
-}  // namespace postern::auth::policy
+}  // namespace postern

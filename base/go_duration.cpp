@@ -1,10 +1,10 @@
-#include "auth/policy/go_duration.h"
+#include "base/go_duration.h"
 
 #include <array>
 #include <limits>
 #include <utility>
 
-namespace postern::auth::policy {
+namespace postern {
 namespace {
 
 using Unit = std::pair<std::string_view, std::int64_t>;
@@ -99,4 +99,4 @@ std::string go_duration_text(std::chrono::nanoseconds duration) {
   return sign + out;
 }
 
-}  // namespace postern::auth::policy
+}  // namespace postern
