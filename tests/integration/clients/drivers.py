@@ -59,9 +59,7 @@ FEATURES = {
     "key": "`publickey` first, any key",
 }
 # (client, feature) -> the bug of the server's that it meets. Its test is expected to fail, and turns red when the bug is mended.
-VERSION_STRING = "the default version string does not name OpenSSH (test_version_string.py)"
 BUGS: dict[tuple[str, str], str] = {
-    **{(name, "symlink"): VERSION_STRING for name in ("asyncssh", "node-ssh2", "libssh")},
     ("asyncssh", "rekey up"): "Debian 12's asyncssh goes on sending data in its own key exchange (RFC 4253 section 7.1 forbids it): sshd takes it, libssh ends the connection",
 }
 ALWAYS_NONE = "always begins with `none`, and is in"
