@@ -192,14 +192,14 @@ class OpenSSH(Tool):
     def count_rekeys(self, err):
         return err.count(b"SSH2_MSG_NEWKEYS received") - 1
 
-    def sftp(self, stack, steps) -> Outcome:
+    def sftp(self, stack, steps, timeout=60) -> Outcome:
         words = {"put": "put", "get": "get", "symlink": "ln -s"}
         batch = "".join(f"{words[what]} {a} {b}\n" for what, a, b in steps)
         options = [x for o in ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={stack.known_hosts}", "BatchMode=yes", "IdentityFile=none",
                                f"BindAddress={stack.plain_alice}", "LogLevel=ERROR"] for x in ("-o", o)]
         done = subprocess.run([self.program("sftp"), "-q", "-F", "/dev/null", "-S", shutil.which(self.program("ssh")), *options, "-P", str(stack.port),
                                "-b", "-", f"{stack.user}@{stack.server}"],
-                              input=batch.encode(), capture_output=True, env=stack.client_env(), timeout=60 * SLACK)
+                              input=batch.encode(), capture_output=True, env=stack.client_env(), timeout=timeout * SLACK)
         return Outcome(out=done.stdout, err=done.stderr, status=done.returncode, error=done.stderr.decode() if done.returncode else "")
 
     def channels(self, stack, count, command) -> Outcome:
@@ -280,12 +280,12 @@ class Putty(Tool):
     def count_rekeys(self, err):
         return err.count(b"Initiating key re-exchange")
 
-    def sftp(self, stack, steps):
+    def sftp(self, stack, steps, timeout=60):
         arguments, environment = self.home(stack)
         batch = stack.dir / "putty/batch"
         batch.write_text("".join(f"{what} {a} {b}\n" for what, a, b in steps))
         done = subprocess.run(["psftp", *arguments, "-b", str(batch), stack.server], stdin=subprocess.DEVNULL, capture_output=True, env=environment,
-                              timeout=60 * SLACK)
+                              timeout=timeout * SLACK)
         return Outcome(out=done.stdout, err=done.stderr, status=done.returncode, error=done.stderr.decode() if done.returncode else "")
 
 
@@ -361,8 +361,8 @@ class Library(Client):
     def start(self, stack, command, **more):
         return self.popen(stack, self.request(stack, "run", command=command, **more))
 
-    def sftp(self, stack, steps):
-        return self.ask(stack, self.request(stack, "sftp", steps=[[what, *map(str, a)] for what, *a in steps]))
+    def sftp(self, stack, steps, timeout=60):
+        return self.ask(stack, self.request(stack, "sftp", steps=[[what, *map(str, a)] for what, *a in steps]), timeout)
 
     def channels(self, stack, count, command):
         return self.ask(stack, self.request(stack, "channels", count=count, command=command))
