@@ -132,7 +132,6 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   std::chrono::milliseconds report_interval_{0};  ///< 0: nobody asked whether bytes move
   Poller::TimerId report_timer_ = 0;
   bool unreported_ = false;
-  bool command_started_ = false;  ///< from here on delayed ACKs are welcome
   bool done_ = false;
 };
 

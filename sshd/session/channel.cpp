@@ -284,6 +284,7 @@ bool SessionChannel::make_descriptors(pty::Launch& launch, std::vector<UniqueFd>
   }
   PipeEnds in, out, err;
   if (!make_pipe(in) || !make_pipe(out) || !make_pipe(err)) return false;
+  if (kind_ == ch::StartKind::subsystem && !original_command_) ::fcntl(in.write.get(), F_SETPIPE_SZ, sftp_input_pipe_size);
   launch.input = in.read.get();
   launch.output = out.write.get();
   launch.error = err.write.get();

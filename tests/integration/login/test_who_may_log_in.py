@@ -254,7 +254,7 @@ def test_one_source_has_a_limit_of_connections_that_are_not_logged_in(make_stack
     stack = make_stack(posternd={"limits": {"unauthenticated_connections_per_source": 3, "login_grace_time": "60s"}})
     held = [stack.connect() for _ in range(3)]
     for sock in held:
-        assert sock.recv(100).startswith(b"SSH-2.0-Postern")
+        assert sock.recv(100).startswith(b"SSH-2.0-OpenSSH_9.9_Postern")
     with stack.connect() as one_more:
         assert read_to_end(one_more) == b""
     assert stack.ssh("echo in", bind=stack.plain_alice).text == "in\n", "another source is not touched"
@@ -270,7 +270,7 @@ def test_all_sources_together_have_a_limit_of_connections_that_are_not_logged_in
         sources = [stack.alice, stack.open_alice, stack.plain_alice, stack.bob]
         held = [stack.connect(bind=source) for source in sources]
         for sock in held:
-            assert sock.recv(100).startswith(b"SSH-2.0-Postern")
+            assert sock.recv(100).startswith(b"SSH-2.0-OpenSSH_9.9_Postern")
         with stack.connect(bind=stack.alice) as one_more:
             assert read_to_end(one_more) == b""
         for sock in held:
