@@ -59,9 +59,7 @@ FEATURES = {
     "key": "`publickey` first, any key",
 }
 # (client, feature) -> the bug of the server's that it meets. Its test is expected to fail, and turns red when the bug is mended.
-VERSION_STRING = "the default version string does not name OpenSSH (test_version_string.py)"
 BUGS: dict[tuple[str, str], str] = {
-    **{(name, "symlink"): VERSION_STRING for name in ("asyncssh", "node-ssh2", "libssh")},
     ("asyncssh", "rekey up"): "Debian 12's asyncssh goes on sending data in its own key exchange (RFC 4253 section 7.1 forbids it): sshd takes it, libssh ends the connection",
 }
 ALWAYS_NONE = "always begins with `none`, and is in"
@@ -220,8 +218,13 @@ class OpenSSH(Tool):
                 assert process.stdout.readline() == b"up\n"
             return Outcome(results=["up\n" + process.communicate(f"line {i}\n".encode(), timeout=60 * SLACK)[0].decode() for i, process in enumerate(opened)])
         finally:
-            master.terminate()
-            master.wait(10 * SLACK)
+            # Not by SIGTERM: ssh 9.2 misses it when it comes between its look at the flag and its poll(2), and sits there for ever.
+            subprocess.run([self.program("ssh"), "-F", "/dev/null", "-S", str(path), "-O", "exit", stack.server], stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, timeout=10 * SLACK)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                master.wait(10 * SLACK)
+            master.kill()
+            master.wait()
 
 
 class OpenSSHForky(OpenSSH):

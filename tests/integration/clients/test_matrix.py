@@ -10,7 +10,7 @@ import time
 import pytest
 
 from clients import table
-from clients.drivers import BUGS, CLIENTS, FEATURES, VERSION_STRING, OpenSSHForky, Pty
+from clients.drivers import BUGS, CLIENTS, FEATURES, OpenSSHForky, Pty
 from harness import IS_ROOT, SLACK, new_stack, rng, wait_until
 
 SIZE = 16 << 20
@@ -21,8 +21,6 @@ def able(feature: str):
     for name, client in CLIENTS.items():
         if client.can(feature):
             bug = BUGS.get((name, feature))
-            if bug == VERSION_STRING and os.environ.get("POSTERN_TEST_VERSION_STRING"):
-                bug = None
             cases.append(pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=bug)] if bug else []))
     return pytest.mark.parametrize("client", cases, indirect=True)
 
@@ -159,7 +157,6 @@ def test_a_client_that_rekeys_while_it_receives_loses_nothing(stack, client, big
     assert r.rekeys >= 2, "no key exchange took place"
 
 
-@pytest.mark.xfail(strict=True, reason="the ninth signature of a burst is refused by postern-session (1 a second) and the connection ends; the broker would answer later")
 @pytest.mark.parametrize("client", ["openssh"], indirect=True)
 def test_a_client_that_rekeys_very_often_is_slowed_down_and_not_disconnected(stack, client, big):
     path, digest = big
