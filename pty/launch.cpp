@@ -1,5 +1,7 @@
 #include "pty/launch.h"
 
+#include "pty/oom_score.h"
+
 #include <fcntl.h>
 #include <linux/close_range.h>
 #include <signal.h>
@@ -38,17 +40,6 @@ void fresh_signals() {
   sigset_t none;
   ::sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
-}
-
-/// The broker may protect itself from the OOM killer (systemd OOMScoreAdjust); users' programs are not to inherit that.
-void reset_oom_score() {
-  const int fd = ::open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
-  if (fd < 0) return;
-  char now[16] = {};
-  const ssize_t n = ::read(fd, now, sizeof now - 1);
-  if (n > 0 && now[0] == '-' && ::pwrite(fd, "0", 1, 0) < 0) {  // sshd leaves it, too, when it may not
-  }
-  ::close(fd);
 }
 
 std::string base_name(const std::string& path) {

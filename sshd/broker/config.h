@@ -81,7 +81,7 @@ struct Config {
     std::string level = "info";
   } log;
   struct Ssh {
-    std::string version_string = "Postern_0.1";
+    std::string version_string = "OpenSSH_9.9_Postern_0.1";  ///< clients look for OpenSSH and its number: docs/CLIENTS.md
   } ssh;
 };
 

@@ -29,7 +29,6 @@ constexpr auto revoke_text_time = 200ms;
 constexpr auto revoke_tree_time = 2s;
 // A refused client gets this long to read why (closing at once shows it "Connection reset").
 constexpr auto refusal_drain_time = 1s;
-// Later signatures (rekeys): 10 at once, one more each 10 s. libssh rekeys per GiB or hour.
 // Signatures for rekeys. OpenSSH's chacha20 asks every GiB and direction, so a fast bulk transfer needs one a second; `RekeyLimit` may
 // ask for more. Too fast is answered later, not refused (that would end a good connection); a queue of them is refused.
 constexpr double sign_bucket = 10, sign_per_second = 2, sign_debt = 8;

@@ -291,6 +291,14 @@ void SessionChannel::turn(bool alone) {
   }
 }
 
+void SessionChannel::client_reads_no_more() {
+  // Inside libssh's packet handling: closes our descriptor and forgets its watch, neither reads nor frees a channel.
+  touched_ = true;
+  if (finished_ || combined_ || pty_ || !started_) return;
+  close_output(output_);
+  std::erase_if(rests_, [](const Rest& r) { return !r.error; });
+}
+
 void SessionChannel::abandon() {
   if (finished_) return;
   write_input();  // what fits now: `printf x | ssh host 'cat > f'` must not depend on who closes first

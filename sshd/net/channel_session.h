@@ -63,6 +63,9 @@ class SessionChannel {
   bool client_closed() const { return client_closed_; }
   /// Did bytes of this channel come from the client or go to it since the last call?
   bool take_moved() { return std::exchange(moved_, false); }
+  /// The client's stdout is gone (`ssh host yes | head -1`): the program is to get its SIGPIPE. Its stderr is read on, as by sshd
+  /// (channels.c chan_rcvd_eow). A terminal has one descriptor for both directions and stays as it is.
+  void client_reads_no_more();
   void abandon();  ///< the client closed the channel: writes what is there, closes the descriptors, answers CLOSE
 
  private:

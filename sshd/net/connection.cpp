@@ -553,6 +553,10 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
       target.asked(request.want_reply);
       link_->send(wire(channel::Type::send_break), channel::ChannelRef{number});
       return;
+    case Kind::end_of_write:
+      target.client_reads_no_more();
+      if (request.want_reply) target.answered(true, true);
+      return;
     case Kind::agent:
       if (target.start_asked) return refuse();  // the program has its environment already
       target.asked(request.want_reply);

@@ -173,6 +173,8 @@ int on_channel_request(ssh_session session, std::uint8_t, ssh_buffer packet, voi
   } else if (name == "break") {
     request.kind = Kind::send_break;
     view.u32();  // milliseconds (RFC 4335); tcsendbreak has one length
+  } else if (name == "eow@openssh.com") {  // OpenSSH PROTOCOL 2.1: nobody reads the output any more
+    request.kind = Kind::end_of_write;
   } else if (name == "auth-agent-req@openssh.com") {
     request.kind = Kind::agent;
   } else if (name == "x11-req") {  // RFC 4254 section 6.3.1

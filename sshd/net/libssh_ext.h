@@ -91,7 +91,7 @@ struct GlobalRequest {
 };
 
 struct ChannelRequest {
-  enum class Kind { pty, env, shell, exec, subsystem, window_change, signal, send_break, agent, x11, other };
+  enum class Kind { pty, env, shell, exec, subsystem, window_change, signal, send_break, end_of_write, agent, x11, other };
   Kind kind = Kind::other;
   bool want_reply = false;
   std::string text;   ///< pty: TERM; env: name; exec: command; subsystem, signal: name; x11: authentication protocol

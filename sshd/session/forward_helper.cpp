@@ -2,6 +2,7 @@
 
 #include "base/poller.h"
 #include "base/process_title.h"
+#include "pty/oom_score.h"
 #include "sshd/session/outbox.h"
 #include "sshd/session/resolver.h"
 
@@ -537,6 +538,7 @@ class Helper {
   ::prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0);
   // Nothing of the connection's: its end is seen by descriptors that close, the PAM handle's and the recorder's among them.
   if (settings.cgroup_procs >= 0 && ::write(settings.cgroup_procs, "0", 1) != 1) ::_exit(1);
+  pty::reset_oom_score();
   const int null = ::open("/dev/null", O_RDWR);
   if (null < 0 || ::dup2(null, 0) < 0 || ::dup2(null, 1) < 0 || ::dup2(null, 2) < 0 || ::dup2(socket.get(), 3) < 0) ::_exit(1);
   if (socket.get() == 3) static_cast<void>(socket.release());

@@ -576,10 +576,6 @@ bool SessionProcess::on_net_message(const Message& m) {
     case ch::Type::ask_sign: {
       const auto ask = m.body<net::AskSign>();
       if (!ask || !ask->data.valid() || sign_requests_.size() >= sign_burst) return false;
-      if (!may_sign()) {
-        net_.send(ch::version, static_cast<std::uint16_t>(ch::Type::signature), net::Signature{});
-        return true;
-      }
       sign_requests_.push_back({*ask, false, Clock::now() + sign_wait});
       forward_sign_requests();
       return true;
@@ -611,6 +607,16 @@ void SessionProcess::forward_sign_requests() {
   if (broker_.is_open() && !registering_) {
     for (auto& s : sign_requests_) {
       if (s.forwarded) continue;
+      // Too fast is answered later, not refused: without a signature net would have to end a good connection. It asks for one at a time,
+      // and its client waits with it; more than sign_burst at once are a violation (on_net_message).
+      if (!may_sign()) {
+        if (sign_later_ == 0)
+          sign_later_ = poller_.after(sign_refill, [this] {
+            sign_later_ = 0;
+            forward_sign_requests();
+          });
+        break;
+      }
       s.forwarded = true;
       broker_.send(ses::version, static_cast<std::uint16_t>(ses::Type::ask_sign), s.ask);
     }

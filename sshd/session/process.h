@@ -35,7 +35,7 @@ inline constexpr std::chrono::milliseconds revoke_kill_wait{2'000};
 inline constexpr std::chrono::milliseconds sign_wait{30'000};
 /// Bucket of sign requests that we forward for net: one a rekey. OpenSSH rekeys every GiB; 1 s a piece is 1 GiB/s.
 inline constexpr unsigned sign_burst = 8;
-inline constexpr std::chrono::milliseconds sign_refill{1'000};
+inline constexpr std::chrono::milliseconds sign_refill{500};  ///< the broker's rate
 /// Channel counts go to the broker no more often.
 inline constexpr std::chrono::milliseconds channels_interval{50};
 inline constexpr std::chrono::milliseconds register_first_retry{200};
@@ -134,7 +134,7 @@ class SessionProcess {
 
   bool registering_ = false;
   std::chrono::milliseconds register_delay_ = register_first_retry;
-  Poller::TimerId register_timer_ = 0, orphan_timer_ = 0, sign_timer_ = 0, channels_timer_ = 0;
+  Poller::TimerId register_timer_ = 0, orphan_timer_ = 0, sign_timer_ = 0, sign_later_ = 0, channels_timer_ = 0;
 
   bool revoked_ = false;
   bool killed_ = false;

@@ -548,6 +548,52 @@ def test_a_revocation_cuts_forwardings(stack):
     wait_until(lambda: not stack.processes_of(), "no process of the user is left")
 
 
+def test_a_rule_that_comes_later_ends_the_connection(stack):
+    with Server(echo) as server, connection(stack) as c, dial(c.local(f"127.0.0.1:{server.port}")) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        with stack.capabilities(plain_alice=[{"localForward": [f"127.0.0.1:{server.port}"]}]):
+            assert is_cut(sock)
+        assert b"Access revoked." in c.process.stderr.read()
+
+
+def test_a_forwarding_that_is_named_in_spite_of_enforcement_ends_with_the_recorders(make_stack):
+    stack = make_stack(posternd={"recorder": {"grace": "1s"}})
+    with stack.capabilities(alice=[{"localForward": ["*:*"]}]), Server(echo) as server, connection(stack, stack.alice) as c:
+        session = subprocess.Popen(["ssh", "-F", "/dev/null", "-S", c.control, stack.server, "echo started; sleep 100"], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stack.clients.append(session)
+        assert session.stdout.readline() == b"started\n"
+        path = c.local(f"127.0.0.1:{server.port}")
+        with dial(path) as sock:
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
+            stack.recorder_a.kill()
+            stack.recorder_b.kill()
+            assert is_cut(sock)
+        assert session.wait(20 * SLACK) == 254
+        with dial(path) as sock:
+            assert is_cut(sock)  # and no other one
+
+
+@needs_root
+def test_who_kills_the_helper_loses_its_listeners_and_gets_another_one(stack):
+    with Server(echo) as server, connection(stack) as c:
+        port = int(c.forward("-R", f"0:127.0.0.1:{server.port}"))
+        path = c.local(f"127.0.0.1:{server.port}")
+        with dial(path) as sock:
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
+            helper = [p.pid for p in stack.processes_of() if "forwards of" in p.command]
+            os.kill(helper[0], 9)
+            wait_until(lambda: refused(port), "nobody listens", 5)
+            sock.sendall(b"y")
+            assert sock.recv(1) == b"y"  # what was connected goes on: net has it
+        with dial(path) as sock:
+            sock.sendall(b"z")
+            assert sock.recv(1) == b"z"
+
+
 def test_bytes_of_a_forwarding_keep_a_connection_alive_that_may_not_idle(stack):
     with stack.capabilities(plain_alice=[{"idleTimeout": "2s"}]), Server(echo) as server, connection(stack) as c:
         with dial(c.local(f"127.0.0.1:{server.port}")) as sock:
@@ -710,3 +756,53 @@ def test_x_clients_reach_the_clients_display_with_a_cookie_of_their_own(stack, a
         assert lines[1] == "600" and len(display.hellos) == 1
         port = 6000 + int(lines[0].split(":")[1].split(".")[0])
         wait_until(lambda: refused(port), "the display is gone", 10)
+
+
+# ---------------------------------------------------------------------------------------------------- waiting
+
+def cpu_of(pids) -> float:
+    ticks = 0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("what", ["idle", "server-closed-its-side", "client-closed-its-side", "client-does-not-read", "server-does-not-read"])
+def test_waiting_forwardings_cost_no_processor_time(stack, what):
+    from harness import descendants
+    wait = threading.Event()
+
+    def talk(sock):
+        if what == "server-closed-its-side":
+            sock.shutdown(socket.SHUT_WR)
+        if what == "client-does-not-read":
+            sock.settimeout(1)
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall(b"z" * 65536)
+        wait.wait(60)
+    with Server(talk) as server, connection(stack) as c:
+        path = c.local(f"127.0.0.1:{server.port}")
+        with contextlib.ExitStack() as held:
+            for _ in range(5):
+                sock = held.enter_context(dial(path))
+                if what == "client-closed-its-side":
+                    sock.shutdown(socket.SHUT_WR)
+                if what == "server-does-not-read":
+                    sock.settimeout(1)
+                    with contextlib.suppress(OSError):
+                        while True:
+                            sock.sendall(b"z" * 65536)
+            wait_until(lambda: server.seen == 5, "all are connected")
+
+            def ours():
+                return [p.pid for p in descendants(stack.posternd.pid) if p.command.startswith(("postern-net: 127", "postern-session: ")) and "zygote" not in p.command]
+            assert len(ours()) >= 3, ours()
+            # What was sent has to settle first.
+            settled = [cpu_of(ours())]
+            wait_until(lambda: settled.append(cpu_of(ours())) or settled[-1] - settled[-2] < 0.02, "the queues are full", 20, every=0.5)
+            before = cpu_of(ours())
+            time.sleep(1.5)  # the measurement itself
+            assert cpu_of(ours()) - before < 0.1
+        wait.set()
