@@ -2,7 +2,8 @@
 
 OpenSSH's sftp-server takes the arguments of SSH_FXP_SYMLINK in the other order than the draft says (its PROTOCOL, 4.1). libssh, asyncssh and
 ssh2 for Node swap theirs only where the version names OpenSSH; paramiko, pkg/sftp, libssh2 and OpenSSH always send OpenSSH's order. So no
-order of the server's could please all of them, but a version can. libssh and ssh2 open unix sockets only to an OpenSSH, and want its number.
+order of the server's could please all of them, but a version can. libssh and ssh2 open unix sockets only to an OpenSSH, and want its number: libssh 0.10 one digit, ssh2 one that is >= 5; paramiko and others take "OpenSSH_1…" for an old one.
+The default has it all. POSTERN_TEST_VERSION_STRING tries another one.
 """
 import os
 import subprocess
@@ -13,13 +14,11 @@ from clients.drivers import CLIENTS
 
 from harness import SLACK, new_stack
 
-# The default. 9: libssh wants a number after OpenSSH_, ssh2 one that is >= 5; paramiko and others take "OpenSSH_1…" for an old one.
-VERSION = "OpenSSH_9.9_Postern_0.1"
-
 
 @pytest.fixture(scope="module")
 def stack(accounts):
-    made = new_stack(accounts, posternd={"ssh": {"version_string": os.environ.get("POSTERN_TEST_VERSION_STRING") or VERSION}})
+    version = os.environ.get("POSTERN_TEST_VERSION_STRING")
+    made = new_stack(accounts, posternd={"ssh": {"version_string": version}} if version else None)
     made.write_nodes('[[node]]\nname = "loopback"\naddresses = ["127.0.0.1"]\nuser = "alice@example.com"\n')
     made.start()
     yield made
