@@ -330,6 +330,9 @@ void refuse_open(ssh_session session, const ChannelOpen& open, OpenFailure reaso
 }
 
 void reply_request(ssh_channel channel, bool success) {
+  // After our CLOSE the client's number may be nobody's, or another channel's (RFC 4254 section 5.3); sshd sends nothing either (serverloop.c,
+  // CHAN_CLOSE_SENT). PuTTY asks winadj@putty.projects.tartarus.org while our CLOSE is under way, and ended the connection at the answer.
+  if ((channel->flags & SSH_CHANNEL_FLAG_CLOSED_LOCAL) != 0) return;
   send_packet(channel->session, "bd", success ? SSH2_MSG_CHANNEL_SUCCESS : SSH2_MSG_CHANNEL_FAILURE, channel->remote_channel);
 }
 
