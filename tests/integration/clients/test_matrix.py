@@ -205,14 +205,8 @@ def test_a_file_goes_up_and_comes_down_by_sftp(stack, client, big, home, tmp_pat
         assert (home / "up").owner() == stack.user
 
 
-CRAWLS = {
-    "putty": "sftp-server with 1 MiB of input ready copies its queue for every 4 KiB request of psftp's",
-    "libssh": "no TCP_QUICKACK after the login: every 32 KiB wait 40 ms for an acknowledgement, as with sshd",
-}
 
-
-@pytest.mark.parametrize("client", [pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=CRAWLS[name])] if name in CRAWLS else [])
-                                    for name, c in CLIENTS.items() if c.can("sftp")], indirect=True)
+@pytest.mark.parametrize("client", [name for name, c in CLIENTS.items() if c.can("sftp")], indirect=True)
 def test_an_upload_by_sftp_does_not_crawl(stack, client, big, home):
     # 0.3 to 2 s where nothing is wrong; 9 to 28 s where it is.
     begin = time.monotonic()
