@@ -69,13 +69,16 @@ int main(int argc, char** argv) {
   for (std::size_t i = 0; i < questions; i++) {
     const Node &source = any(network.nodes), &destination = any(network.nodes);
     const Question question{source, source.addresses.front(), destination, any(names), 1000};
-    auto begin = Clock::now();
+    const auto begin = Clock::now();
     const auto verdict = policy->decide(network, question);
     decisions.push_back(since<std::micro>(begin));
     let_in += verdict.outcome != Outcome::deny;
-    if (i % 100 != 0) continue;
-    begin = Clock::now();
-    (void)policy->explain(network, question);
+  }
+  // Apart from them: a scan leaves nothing in the caches for the decision after it.
+  for (std::size_t i = 0; i < 100; i++) {
+    const Node &source = any(network.nodes), &destination = any(network.nodes);
+    const auto begin = Clock::now();
+    (void)policy->explain(network, {source, source.addresses.front(), destination, any(names), 1000});
     scans.push_back(since<std::micro>(begin));
   }
   std::cout << nlohmann::json{{"bytes", text->size()}, {"nodes", network.nodes.size()}, {"questions", questions}, {"let_in", let_in},
