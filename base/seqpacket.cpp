@@ -50,12 +50,13 @@ Expected<Done> send_message(int socket, std::uint16_t version, std::uint16_t typ
   }
 }
 
-Expected<std::optional<Message>> receive_message(int socket, std::size_t largest) {
+Expected<std::optional<Message>> receive_message(int socket, std::size_t largest, std::vector<UniqueFd>* refused) {
   Message result;
   MessageHeader header;
   result.bytes.resize(largest);
   std::array<iovec, 2> parts{iovec{&header, sizeof header}, iovec{result.bytes.data(), largest}};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * max_message_fds)] = {};
+  // Room for the kernel's most (SCM_MAX_FD): what finds none is closed by it, in our name.
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 253)] = {};
   msghdr message{};
   message.msg_iov = parts.data();
   message.msg_iovlen = parts.size();
@@ -79,10 +80,15 @@ Expected<std::optional<Message>> receive_message(int socket, std::size_t largest
     }
   }
   if (n == 0 && result.fds.empty()) return std::optional<Message>{};
-  if ((message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0)
-    return Unexpected{Error{EBADMSG, "receive a local message: it was truncated"}};
+  const auto refuse = [&](const char* why) {
+    if (refused != nullptr)
+      for (auto& fd : result.fds) refused->push_back(std::move(fd));
+    return Unexpected{Error{EBADMSG, why}};
+  };
+  if ((message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) return refuse("receive a local message: it was truncated");
+  if (result.fds.size() > max_message_fds) return refuse("receive a local message: too many descriptors");
   if (static_cast<std::size_t>(n) < sizeof header || header.size != static_cast<std::size_t>(n) - sizeof header)
-    return Unexpected{Error{EBADMSG, "receive a local message: its header does not fit it"}};
+    return refuse("receive a local message: its header does not fit it");
   result.version = header.version;
   result.type = header.type;
   result.bytes.resize(header.size);

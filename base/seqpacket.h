@@ -73,8 +73,9 @@ Expected<Done> send_body(int socket, std::uint16_t version, std::uint16_t type, 
 }
 
 /// Receives one message, whatever blocking mode the socket is in. Nothing (an empty optional) at end of file. Errors: EAGAIN when there is none yet; EBADMSG
-/// for one that was truncated, lost descriptors, or whose header does not fit it. `largest` = bytes after the header.
-Expected<std::optional<Message>> receive_message(int socket, std::size_t largest = 64 * 1024);
+/// for one that was truncated, lost descriptors, brought more than it may, or whose header does not fit it. `largest` = bytes after the header. The
+/// descriptors of a message that is refused go to `refused`, for who must not close them itself; without it they are closed.
+Expected<std::optional<Message>> receive_message(int socket, std::size_t largest = 64 * 1024, std::vector<UniqueFd>* refused = nullptr);
 
 /// Fixed-length text in a body: `length` bytes of `text`, no terminator. get() is bounded whatever a peer wrote.
 template <std::size_t N>

@@ -601,6 +601,8 @@ std::string Connection::difference(const Node& node) const {
   if (!rules) return "what the network says of its sessions cannot be read: " + rules.error().doing;
   ConnectionFacts::Rules today;
   if (rules->command_conflict || !write_rules(*rules, today) || today != f.rules) return "its session rules changed";
+  // A session of the version before forwards nothing, whatever the defaults of what its facts do not hold say.
+  if (f.version < 3) return {};
   ConnectionFacts::Forwarding forwarding;
   if (!write_forwarding(*rules, verdict.enforce_recorder, forwarding) || forwarding != f.forwarding) return "its session rules on forwarding changed";
   return {};

@@ -75,7 +75,8 @@ void ForwardChannel::on_close(ssh_session, ssh_channel, void* self) {
 /// False when the socket is full.
 bool ForwardChannel::write_some(const char*& bytes, std::size_t& size) {
   while (size > 0) {
-    const ssize_t n = ::write(socket_.get(), bytes, size);
+    // The user may have a duplicate, and set or clear O_NONBLOCK of both (fcntl(2)).
+    const ssize_t n = ::send(socket_.get(), bytes, size, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n >= 0) {
       from_client_ += static_cast<std::uint64_t>(n);
       bytes += n;
@@ -153,7 +154,7 @@ bool ForwardChannel::read_socket(std::size_t most) {
   if (size == 0) return false;
   readable_ = false;
   char* const buffer = shared_buffer();
-  const ssize_t n = ::read(socket_.get(), buffer, size);
+  const ssize_t n = ::recv(socket_.get(), buffer, size, MSG_DONTWAIT);
   if (n > 0) return send_or_keep(buffer, static_cast<std::size_t>(n));
   if (n < 0 && (errno == EAGAIN || errno == EINTR)) return false;
   output_over_ = true;
@@ -223,13 +224,24 @@ void ForwardChannel::finish() {
   unsent_.clear();
   unwritten_.clear();
   if (refused_) return;
+  ext::keep_window(handle_);  // what the client still sends is thrown away
   ssh_channel_send_eof(handle_);
   ssh_channel_close(handle_);
 }
 
+std::size_t ForwardChannel::kept() const { return finished_ || !backlog_ ? 0 : unwritten_.size() + ext::unread(handle_); }
+
 void ForwardChannel::abort() {
   if (finished_ || handle_ == nullptr) return;
-  if (confirmed_ || refused_) return finish();
+  if (confirmed_ || refused_) {
+    // What libssh holds goes now: when the channel is freed is the client's to say. What comes meanwhile is thrown away (take()).
+    input_over_ = true;
+    ext::keep_window(handle_);
+    while (backlog_ && !refused_ && ssh_channel_read_nonblocking(handle_, shared_buffer(), largest_read, 0) > 0) {
+    }
+    backlog_ = false;
+    return finish();
+  }
   // The client has not answered yet, and freeing or closing would come before its answer: it is closed with that.
   if (socket_) poller_.forget(socket_.get());
   socket_.reset();

@@ -37,6 +37,8 @@ class ForwardChannel {
   void update_watch(bool may_send);
   /// Ends it now: closes the socket and the channel.
   void abort();
+  /// Bytes of the client's that the socket does not take.
+  std::size_t kept() const;
   /// The socket is closed and our CLOSE is out (or the client refused it).
   bool finished() const { return finished_; }
   /// Nothing of it is left at the client either: it may be freed.

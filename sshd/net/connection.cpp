@@ -625,6 +625,15 @@ bool Connection::serve_forwards(bool alone, bool& moved) {
     if (it->second->needs_turn(may_send()) && it->second->turn(most)) last_served_ = it->first;
     ++it;
   }
+  // The client's windows add up: so much may wait for sockets that nobody reads, and then the one that has most of it goes.
+  std::size_t kept = 0;
+  ForwardChannel* fullest = nullptr;
+  for (auto& [number, forward] : forwards_) {
+    const std::size_t now = forward->kept();
+    kept += now;
+    if (now > 0 && (fullest == nullptr || now > fullest->kept())) fullest = forward.get();
+  }
+  if (kept > max_kept) fullest->abort();
   bool again = false;
   for (auto at = forwards_.begin(); at != forwards_.end();) {
     ForwardChannel& forward = *at->second;

@@ -30,6 +30,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   static constexpr std::size_t max_channels = 128;                 ///< session channels; those that wait for the client's CLOSE included
   /// Likewise; session's own limit (limits.forwards_per_connection) is lower or this holds.
   static constexpr std::size_t max_forwards = 4096;
+  static constexpr std::size_t max_kept = 64 * 1024 * 1024;  ///< bytes of the client's that forwardings' sockets do not take
   static constexpr std::size_t max_waiting_global_requests = 512;
 
   /// `socket`: the client's, connected. `broker`: our socketpair's end.

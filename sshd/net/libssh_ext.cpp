@@ -345,6 +345,10 @@ void reply_global(ssh_session session, bool success, std::uint32_t port) {
 
 void refuse_more_sessions(ssh_session session) { session->flags |= SSH_SESSION_FLAG_NO_MORE_SESSIONS; }
 
+std::size_t unread(ssh_channel channel) { return channel->stdout_buffer != nullptr ? ssh_buffer_get_len(channel->stdout_buffer) : 0; }
+
+void keep_window(ssh_channel channel) { channel->local_window = 1U << 30; }  // more than the client has of it, so libssh never grows it
+
 ssh_channel open_outgoing(ssh_session session, const OutgoingOpen& open) {
   ssh_channel channel = ssh_channel_new(session);
   if (channel == nullptr) return nullptr;

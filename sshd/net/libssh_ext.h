@@ -136,6 +136,10 @@ void refuse_more_sessions(ssh_session session);
 ssh_channel open_outgoing(ssh_session session, const OutgoingOpen& open);
 /// A key exchange runs: libssh takes no channel data now.
 bool exchanging_keys(ssh_session session);
+/// Bytes of the client's that libssh holds for us.
+std::size_t unread(ssh_channel channel);
+/// No WINDOW_ADJUST any more, which must not follow our CLOSE (RFC 4254 section 5.3; asyncssh ends the connection). Before ssh_channel_close().
+void keep_window(ssh_channel channel);
 /// eow@openssh.com (OpenSSH PROTOCOL 2.1): the program reads no more.
 void send_end_of_write(ssh_channel channel);
 

@@ -19,6 +19,7 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <syslog.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -27,6 +28,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -94,6 +96,7 @@ class Helper {
   struct Listener {
     std::vector<UniqueFd> sockets;
     std::string path, folder;  // to be removed at the end
+    UniqueFd place;            // of `path`, where that goes through it
     dev_t device = 0;
     ino_t inode = 0;
   };
@@ -141,7 +144,10 @@ class Helper {
       }
       case Type::cancel: {
         const auto r = m.body<Ref>();
-        if (r) close_listener(r->id);
+        if (r) {
+          pending_.erase(r->id);
+          close_listener(r->id);
+        }
         return r.has_value();
       }
       case Type::x11: {
@@ -295,7 +301,9 @@ class Helper {
     const bool chosen = asked == "127.0.0.1" || asked == "::1" || (settings_.gateway_ports && !wildcard && asked != "localhost");
     if (wildcard) return bind_ports(id, "*", port, {make_address(AF_INET, "0.0.0.0"), make_address(AF_INET6, "::")});
     if (!chosen) return bind_ports(id, "localhost", port, {make_address(AF_INET, "127.0.0.1"), make_address(AF_INET6, "::1")});
+    pending_.insert(id);
     resolver_.look_up(asked, port, [this, id, asked, port](Resolver::Result result) {
+      if (pending_.erase(id) == 0) return;  // cancelled, or session has given up
       if (result.addresses.empty()) return fail(id, connect_failed, result.error);
       bind_ports(id, asked, port, std::move(result.addresses));
     });
@@ -346,19 +354,27 @@ class Helper {
   void listen_socket(std::uint32_t id, const std::string& path) {
     if (!path.starts_with('/')) return fail(id, connect_failed, "the path of a socket is absolute");
     const auto slash = path.rfind('/');
+    const std::string name = path.substr(slash + 1);
+    if (name.empty() || name == "." || name == "..") return fail(id, connect_failed, "this is not the name of a socket");
+    Listener listener;
+    std::string where = path;
     if (settings_.remote.limited()) {
+      // The folder itself, as connect_socket(): what is allowed must not be another one by the time we bind.
+      listener.place.reset(::open(slash == 0 ? "/" : path.substr(0, slash).c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+      if (!listener.place) return fail_with(id, errno);
+      const std::string held = "/proc/self/fd/" + std::to_string(listener.place.get());
       char real[PATH_MAX];
-      const std::string folder = slash == 0 ? "/" : path.substr(0, slash);
-      if (::realpath(folder.c_str(), real) == nullptr) return fail_with(id, errno);
-      const std::string whole = (std::strcmp(real, "/") == 0 ? "" : std::string{real}) + path.substr(slash);
-      if (!settings_.remote.allows_socket(whole)) return fail(id, prohibited, "listening there is not allowed");
+      const ssize_t n = ::readlink(held.c_str(), real, sizeof real);
+      if (n <= 0 || n == sizeof real) return fail(id, prohibited, "listening there is not allowed");
+      const std::string folder{real, static_cast<std::size_t>(n)};
+      if (!settings_.remote.allows_socket((folder == "/" ? "" : folder) + "/" + name)) return fail(id, prohibited, "listening there is not allowed");
+      where = held + "/" + name;
     }
     if (settings_.unlink_sockets) {
       struct stat st {};
-      if (::lstat(path.c_str(), &st) == 0 && S_ISSOCK(st.st_mode)) ::unlink(path.c_str());  // a file that is no socket stays
+      if (::lstat(where.c_str(), &st) == 0 && S_ISSOCK(st.st_mode)) ::unlink(where.c_str());  // a file that is no socket stays
     }
-    Listener listener;
-    if (const int error = bind_socket(path, listener); error != 0) return fail_with(id, error);
+    if (const int error = bind_socket(where, listener); error != 0) return fail_with(id, error);
     start(id, std::move(listener), 0);
   }
 
@@ -463,6 +479,7 @@ class Helper {
       return fail(asked.id, resource_shortage, "xauth cannot be watched");
     }
     const auto limit = poller_.after(xauth_limit, [pid] { ::kill(pid, SIGKILL); });
+    pending_.insert(asked.id);
     auto held = std::make_shared<std::pair<UniqueFd, Listener>>(UniqueFd{pidfd}, std::move(listener));
     poller_.watch(pidfd, POLLIN, [this, held, pid, limit, id = asked.id, display](short) {
       const auto keep = held;  // forget() destroys this handler
@@ -470,11 +487,13 @@ class Helper {
       if (::waitpid(pid, &status, WNOHANG) != pid) return;
       poller_.cancel(limit);
       poller_.forget(keep->first.get());
+      if (pending_.erase(id) == 0) return;  // session has given up
       if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) return fail(id, connect_failed, "xauth failed");
       start(id, std::move(keep->second), static_cast<std::uint16_t>(6000 + display));
     });
   }
 
+  /// `listener` listens already.
   void start(std::uint32_t id, Listener listener, std::uint16_t port) {
     Listening said{id, port, {}};
     if (!listener.folder.empty() && !said.path.set(listener.path)) return fail_with(id, ENAMETOOLONG);
@@ -531,10 +550,13 @@ class Helper {
   Resolver resolver_;
   std::map<std::uint32_t, Attempt> attempts_;
   std::map<std::uint32_t, Listener> listeners_;
+  std::set<std::uint32_t> pending_;  // listeners that wait for a name or for xauth
   bool ended_ = false;
 };
 
-[[noreturn]] void serve(UniqueFd socket, const Settings& settings) {
+}  // namespace
+
+void serve(UniqueFd socket, const Settings& settings) {
   ::prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0);
   // Nothing of the connection's: its end is seen by descriptors that close, the PAM handle's and the recorder's among them.
   if (settings.cgroup_procs >= 0 && ::write(settings.cgroup_procs, "0", 1) != 1) ::_exit(1);
@@ -543,6 +565,7 @@ class Helper {
   if (null < 0 || ::dup2(null, 0) < 0 || ::dup2(null, 1) < 0 || ::dup2(null, 2) < 0 || ::dup2(socket.get(), 3) < 0) ::_exit(1);
   if (socket.get() == 3) static_cast<void>(socket.release());
   ::fcntl(3, F_SETFD, FD_CLOEXEC);
+  ::closelog();  // PAM's modules log, NSS's may: libc's number would be another descriptor of ours soon
   if (::syscall(SYS_close_range, 4U, ~0U, 0U) != 0)
     for (int fd = 4; fd < 65536; fd++) ::close(fd);
   static_cast<void>(socket.release());
@@ -558,6 +581,7 @@ class Helper {
   if (!pty::become_user(settings.user)) ::_exit(1);
   // The ids changed, so the kernel made it undumpable already (prctl(2)); as an ordinary user nothing changed.
   ::prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+  ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);  // xauth(1) needs none
   rlimit files{};
   if (::getrlimit(RLIMIT_NOFILE, &files) == 0) {
     files.rlim_cur = files.rlim_max;
@@ -572,8 +596,6 @@ class Helper {
   }
   ::_exit(0);  // without what the fork inherited, and without waiting for a name that is being looked up
 }
-
-}  // namespace
 
 Expected<std::pair<UniqueFd, pid_t>> start(const Settings& settings) {
   auto pair = seqpacket_pair();

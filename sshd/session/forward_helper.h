@@ -75,13 +75,15 @@ struct Settings {
   std::string xauth;  ///< path
 };
 
-/// Forks the process that connects and listens for one connection's forwardings, as the user and with nothing but its socket open, so that
+/// In a process of its own: what connects and listens for one connection's forwardings, as the user and with nothing but its socket open, so that
 /// the kernel's permissions (and nftables' owner matches) hold for forwardings as for the user's programs. Names are looked up in it, too,
 /// each in a thread of its own: NSS modules and answers of strangers' name servers have no business in a process of root.
 ///
 /// It keeps the rules itself (a forbidden address gets no SYN), and postern-session asks the kernel again who is at the other end of what it
 /// is given. Ends, and removes what it made in the file system, when the socket closes.
 /// Re-test as root: tests/integration/forwarding.
+[[noreturn]] void serve(UniqueFd socket, const Settings& settings);
+/// serve() in a child.
 Expected<std::pair<UniqueFd, pid_t>> start(const Settings& settings);
 
 }  // namespace postern::sshd::session::helper

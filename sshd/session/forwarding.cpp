@@ -23,6 +23,8 @@ constexpr std::uint32_t prohibited = 1, connect_failed = 2, resource_shortage = 
 /// The user may stop (SIGSTOP) a process of the user's: so much longer than its own limit an answer is waited for.
 constexpr std::chrono::milliseconds helper_slack{5'000};
 constexpr std::chrono::milliseconds helper_end_wait{1'000};
+/// One that is killed and does not go (an uninterruptible sleep: NFS) holds up nobody's end.
+constexpr std::chrono::milliseconds helper_kill_wait{1'000};
 
 const char* word(ForwardKind kind) {
   switch (kind) {
@@ -42,9 +44,13 @@ bool acceptable(const ch::ForwardTarget& t) {
   return t.target.valid() && t.port <= 65535 && (t.kind == ForwardKind::tcp || (t.kind == ForwardKind::unix_socket && t.port == 0));
 }
 
+/// A name that ends where C's functions would not think, and nobody at all: of a listener the client may leave out address and port.
+bool has_nul(const ch::ForwardTarget& t) { return t.target.get().find('\0') != std::string_view::npos; }
+bool is_nobody(const ch::ForwardTarget& t) { return has_nul(t) || t.target.get().empty() || (t.kind == ForwardKind::tcp && t.port == 0); }
+
 }  // namespace
 
-Forwarding::Forwarding(Host host) : host_{std::move(host)}, helper_{host_.poller, false, [this] { read_helper(); }} {
+Forwarding::Forwarding(Host host) : host_{std::move(host)}, helper_{host_.poller, false, [this] { read_helper(); }, [this](UniqueFd fd, bool) { host_.let_go(std::move(fd)); }} {
   const auto& f = host_.facts;
   const auto local = ForwardTargets::decode(f.forwarding.local_targets.get());
   const auto remote = ForwardTargets::decode(f.forwarding.remote_targets.get());
@@ -82,9 +88,17 @@ void Forwarding::log(const std::string& name, const std::string& fields) {
 // --- the helper -----------------------------------------------------------------------------------------------------------------
 
 bool Forwarding::start() {
-  if (over_) return false;
+  if (over_ || falling_) return false;
   if (helper_.is_open()) return true;
   if (pid_ != 0) return false;  // the one before has not ended yet
+  const auto now = Clock::now();
+  const auto gained = (now - start_refilled_) / helper_refill;
+  if (gained > 0) {
+    start_tokens_ = static_cast<unsigned>(std::min<long long>(helper_burst, start_tokens_ + gained));
+    start_refilled_ = now;
+  }
+  if (start_tokens_ == 0) return false;
+  start_tokens_--;
   helper::Settings settings;
   settings.local = local_;
   settings.remote = remote_;
@@ -100,7 +114,7 @@ bool Forwarding::start() {
   }
   auto started = host_.start_helper(std::move(settings));
   if (!started) {
-    spdlog::error("event=forward_helper_failed connection={} reason=\"{}\"", host_.facts.id().text(), started.error().doing);
+    log("forward_helper_failed", "reason=" + safe_quoted(started.error().doing));
     return false;
   }
   pid_ = started->second;
@@ -110,13 +124,17 @@ bool Forwarding::start() {
 
 void Forwarding::read_helper() {
   for (int i = 0; i < 32 && helper_.is_open() && !helper_.blocked(); i++) {
-    auto received = receive_message(helper_.fd());
+    std::vector<UniqueFd> refused;
+    auto received = receive_message(helper_.fd(), 64 * 1024, &refused);
     if (!received && received.error().code == EAGAIN) return;
-    if (!received || !*received || (*received)->version != helper::version || !on_helper_message(**received)) {
-      if (!received || *received) spdlog::error("event=forward_helper_broke_protocol connection={}", host_.facts.id().text());
-      if (pid_ != 0) ::kill(pid_, SIGKILL);
-      return helper_gone();
-    }
+    const bool good = received && *received && (*received)->version == helper::version && on_helper_message(**received);
+    if (received && *received)
+      for (auto& fd : (*received)->fds) refused.push_back(std::move(fd));  // those that found no use
+    for (auto& fd : refused)
+      if (fd) host_.let_go(std::move(fd));
+    if (good) continue;
+    if (!received || *received) log("forward_helper_broke_protocol", "");
+    return drop_helper();
   }
 }
 
@@ -128,7 +146,7 @@ bool Forwarding::on_helper_message(Message& m) {
   switch (type) {
     case Type::connected: {
       const auto r = m.body<helper::Ref>();
-      if (r) on_connected(r->id, std::move(m.fds.front()));
+      if (r) on_connected(r->id, m.fds.front());
       return r.has_value();
     }
     case Type::failed: {
@@ -165,7 +183,7 @@ bool Forwarding::on_helper_message(Message& m) {
     case Type::incoming: {
       const auto i = m.body<helper::Incoming>();
       if (!i || !i->origin.valid() || i->port > 65535) return false;
-      on_incoming(*i, std::move(m.fds.front()));
+      on_incoming(*i, m.fds.front());
       return true;
     }
     default: return false;
@@ -174,19 +192,33 @@ bool Forwarding::on_helper_message(Message& m) {
 
 void Forwarding::helper_gone() {
   helper_.close();
-  if (!over_) spdlog::warn("event=forward_helper_gone connection={}", host_.facts.id().text());
+  if (!over_) log("forward_helper_gone", "");
+  // Who waits for an agent's or a display's listener goes on from in here, and asks for the next one: no helper starts until all are told,
+  // and what they ask for is not among those that fell.
+  const pid_t pid = pid_;
+  const bool nested = std::exchange(falling_, true);
   while (!asked_.empty()) fail(asked_.begin()->second, connect_failed, "forwarding was interrupted");
-  while (!listeners_.empty()) listen_failed(listeners_.begin()->first, "the helper is gone");
+  auto fallen = std::exchange(listeners_, {});
+  for (auto& [id, listener] : fallen) listener_over(id, std::move(listener), "the helper is gone");
   agent_path_.clear();
-  if (pid_ == 0) return;
-  host_.poller.after(helper_end_wait, [this, pid = pid_] {
-    if (pid_ == pid) ::kill(pid_, SIGKILL);
+  falling_ = nested;
+  if (pid == 0) return;
+  host_.poller.after(helper_end_wait, [this, pid] {
+    if (pid_ != pid) return;
+    ::kill(pid, SIGKILL);
+    host_.poller.after(helper_kill_wait, [this, pid] { abandoned_ = abandoned_ || pid_ == pid; });
   });
+}
+
+void Forwarding::drop_helper() {
+  if (pid_ != 0) ::kill(pid_, SIGKILL);
+  helper_gone();
 }
 
 bool Forwarding::child_exited(pid_t pid) {
   if (pid_ == 0 || pid != pid_) return false;
   pid_ = 0;
+  abandoned_ = false;
   if (helper_.is_open()) helper_gone();
   return true;
 }
@@ -210,6 +242,10 @@ void Forwarding::fail(std::uint32_t number, std::uint32_t reason, const std::str
 
 bool Forwarding::connect(const ch::ForwardTarget& request) {
   if (!acceptable(request) || request.number > largest_number || forwards_.contains(request.number)) return false;
+  if (is_nobody(request)) {
+    refuse(request.number, connect_failed, "this is not a target");
+    return true;
+  }
   Forward f;
   f.kind = request.kind;
   f.host = request.target.get();
@@ -235,37 +271,48 @@ bool Forwarding::connect(const ch::ForwardTarget& request) {
   f.watchdog = host_.poller.after(std::chrono::milliseconds{host_.facts.forward_connect_ms} + helper_slack, [this, number = request.number] {
     if (const auto it = forwards_.find(number); it != forwards_.end()) it->second.watchdog = 0;
     fail(number, connect_failed, "Connection timed out");
+    // It has a limit of its own, so it is stopped or stuck, and what it is asked for would pile up here.
+    log("forward_helper_stuck", "");
+    drop_helper();
   });
   forwards_.emplace(request.number, std::move(f));
-  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::connect), ask);
+  tell_helper(helper::Type::connect, ask);
   return true;
 }
 
 /// The kernel's word on what the helper gave us.
 bool Forwarding::is_what_was_asked(const Forward& forward, int fd) const {
-  int type = 0, domain = 0;
+  int type = 0, domain = 0, protocol = 0;
   socklen_t length = sizeof type;
   if (::getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &length) != 0 || type != SOCK_STREAM) return false;
   length = sizeof domain;
   if (::getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) != 0) return false;
   if (forward.kind != ForwardKind::tcp && forward.kind != ForwardKind::x11) return domain == AF_UNIX;
   if (domain != AF_INET && domain != AF_INET6) return false;
+  length = sizeof protocol;
+  if (::getsockopt(fd, SOL_SOCKET, SO_PROTOCOL, &protocol, &length) != 0 || protocol != IPPROTO_TCP) return false;
   if (forward.direction != Direction::local) return true;
   sockaddr_storage peer{};
   length = sizeof peer;
-  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) return errno == ENOTCONN;  // reset already: net will see it
+  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) return false;
   const auto address = Address::from(peer);
   const auto port = ntohs(peer.ss_family == AF_INET6 ? reinterpret_cast<const sockaddr_in6&>(peer).sin6_port : reinterpret_cast<const sockaddr_in&>(peer).sin_port);
   return address && port == forward.port && local_.allows(forward.host, *address, port);
 }
 
-void Forwarding::on_connected(std::uint32_t id, UniqueFd fd) {
+/// Takes `fd` or leaves it, as on_incoming(): what is left is let go where that cannot block.
+void Forwarding::on_connected(std::uint32_t id, UniqueFd& fd) {
   const auto it = asked_.find(id);
   if (it == asked_.end()) return;  // its time was over
   const std::uint32_t number = it->second;
   Forward& f = forwards_.at(number);
+  sockaddr_storage peer{};
+  socklen_t length = sizeof peer;
+  // Reset before we could ask who it was: nobody to forward to, whoever it was.
+  if (f.kind == ForwardKind::tcp && ::getpeername(fd.get(), reinterpret_cast<sockaddr*>(&peer), &length) != 0 && errno == ENOTCONN)
+    return fail(number, connect_failed, "Connection reset by peer");
   if (!is_what_was_asked(f, fd.get())) {
-    spdlog::error("event=forward_helper_lied connection={} {}", host_.facts.id().text(), name_of(f.kind, f.host, f.port));
+    log("forward_helper_lied", name_of(f.kind, f.host, f.port));
     return fail(number, prohibited, "forwarding to this target is not allowed");
   }
   asked_.erase(it);
@@ -274,6 +321,7 @@ void Forwarding::on_connected(std::uint32_t id, UniqueFd fd) {
   ::fcntl(fd.get(), F_SETFL, O_RDWR | O_NONBLOCK);
   std::vector<UniqueFd> fds;
   fds.push_back(std::move(fd));
+  handed_ = true;
   tell(ch::Type::forward_ready, ch::ForwardReady{number}, std::move(fds));
 }
 
@@ -302,8 +350,12 @@ void Forwarding::answer_listen(std::uint32_t request, bool ok, std::uint16_t por
 void Forwarding::listen_failed(std::uint32_t id, const std::string& why) {
   const auto it = listeners_.find(id);
   if (it == listeners_.end()) return;
-  const Listener l = std::move(it->second);
+  Listener l = std::move(it->second);
   listeners_.erase(it);
+  listener_over(id, std::move(l), why);
+}
+
+void Forwarding::listener_over(std::uint32_t id, Listener l, const std::string& why) {
   if (l.watchdog != 0) host_.poller.cancel(l.watchdog);
   if (id == agent_listener_) {
     agent_listener_ = 0;
@@ -317,6 +369,10 @@ void Forwarding::listen_failed(std::uint32_t id, const std::string& why) {
 
 bool Forwarding::listen(const ch::ForwardTarget& request) {
   if (!acceptable(request)) return false;
+  if (has_nul(request)) {
+    answer_listen(request.number, false, 0);
+    return true;
+  }
   Listener l;
   l.kind = request.kind;
   l.asked = request.target.get();
@@ -334,14 +390,14 @@ bool Forwarding::listen(const ch::ForwardTarget& request) {
   }
   const std::uint32_t id = next_id_++;
   begin_listening(id, std::move(l));
-  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::listen), helper::Target{id, request.kind, request.port, request.target});
+  tell_helper(helper::Type::listen, helper::Target{id, request.kind, request.port, request.target});
   return true;
 }
 
 void Forwarding::begin_listening(std::uint32_t id, Listener listener) {
   listener.watchdog = host_.poller.after(std::chrono::milliseconds{host_.facts.forward_connect_ms} + helper_slack, [this, id] {
     if (const auto it = listeners_.find(id); it != listeners_.end()) it->second.watchdog = 0;
-    helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::cancel), helper::Ref{id});
+    tell_helper(helper::Type::cancel, helper::Ref{id});
     listen_failed(id, "no answer");
   });
   listeners_.emplace(id, std::move(listener));
@@ -355,7 +411,7 @@ bool Forwarding::cancel(const ch::ForwardTarget& request) {
   });
   const bool found = it != listeners_.end();
   if (found) {
-    helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::cancel), helper::Ref{it->first});
+    tell_helper(helper::Type::cancel, helper::Ref{it->first});
     listeners_.erase(it);
   }
   answer_listen(request.number, found, 0);
@@ -370,7 +426,7 @@ void Forwarding::ask_agent(std::function<void(bool)> done) {
   l.kind = ForwardKind::agent;
   l.done = std::move(done);
   begin_listening(agent_listener_, std::move(l));
-  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::agent), helper::Ref{agent_listener_});
+  tell_helper(helper::Type::agent, helper::Ref{agent_listener_});
 }
 
 void Forwarding::ask_x11(const ch::X11& request, std::function<void(bool)> done) {
@@ -391,7 +447,7 @@ void Forwarding::ask_x11(const ch::X11& request, std::function<void(bool)> done)
   l.single = request.single != 0;
   l.done = std::move(done);
   begin_listening(id, std::move(l));
-  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::x11), helper::X11{id, request.screen, request.protocol, request.cookie});
+  tell_helper(helper::Type::x11, helper::X11{id, request.screen, request.protocol, request.cookie});
 }
 
 std::string Forwarding::display(std::uint32_t channel) const {
@@ -408,12 +464,12 @@ void Forwarding::channel_closed(std::uint32_t channel) {
       ++it;
       continue;
     }
-    helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::cancel), helper::Ref{it->first});
+    tell_helper(helper::Type::cancel, helper::Ref{it->first});
     it = listeners_.erase(it);
   }
 }
 
-void Forwarding::on_incoming(const helper::Incoming& said, UniqueFd fd) {
+void Forwarding::on_incoming(const helper::Incoming& said, UniqueFd& fd) {
   const auto it = listeners_.find(said.id);
   // Closing it is all that can be said to whom nobody asked for: a cancelled listener's last connection, or one too many.
   if (it == listeners_.end() || it->second.pending || over_ || forwards_.size() >= host_.facts.forwards_per_connection) return;
@@ -433,9 +489,10 @@ void Forwarding::on_incoming(const helper::Incoming& said, UniqueFd fd) {
   forwards_.emplace(next_incoming_, std::move(f));
   std::vector<UniqueFd> fds;
   fds.push_back(std::move(fd));
+  handed_ = true;
   tell(ch::Type::forward_incoming, to_net, std::move(fds));
   if (!l.single) return;
-  helper_.send(helper::version, static_cast<std::uint16_t>(helper::Type::cancel), helper::Ref{it->first});
+  tell_helper(helper::Type::cancel, helper::Ref{it->first});
   listeners_.erase(it);
 }
 

@@ -23,6 +23,11 @@ inline constexpr std::size_t max_forward_listeners = 256;
 /// Lines about forwardings that one connection may write into the log at once, and how soon it may write another.
 inline constexpr unsigned forward_log_burst = 200;
 inline constexpr std::chrono::milliseconds forward_log_refill{50};
+/// Messages that a helper which does not read may leave with us: more than a client has forwardings and listeners.
+inline constexpr std::size_t most_waiting = 8192;
+/// Helpers that one connection may start at once, and how soon another one: the user may kill them as fast as they come.
+inline constexpr unsigned helper_burst = 5;
+inline constexpr std::chrono::milliseconds helper_refill{1'000};
 
 /// One connection's forwardings: asks the rules, has the helper (forward_helper.h) connect and listen as the user, and hands what comes of it to
 /// net. It never connects, binds or looks a name up, keeps no descriptor of a forwarding, and sees none of its bytes: they are not recorded.
@@ -36,6 +41,7 @@ class Forwarding {
     std::function<Expected<std::pair<UniqueFd, pid_t>>(helper::Settings settings)> start_helper;  ///< the caller sets user, limits and cgroup
     std::function<void(channel::Type, std::span<const std::byte>, std::vector<UniqueFd>)> to_net;
     std::function<void(const std::string& name, const std::string& fields)> event;
+    std::function<void(UniqueFd fd)> let_go;  ///< a descriptor that the helper gave us, or its socket, where closing it cannot block us
   };
   explicit Forwarding(Host host);
   ~Forwarding();
@@ -63,7 +69,9 @@ class Forwarding {
   /// Was it the helper that died?
   bool child_exited(pid_t pid);
   /// Nothing is left but what net holds.
-  bool finished() const noexcept { return pid_ == 0; }
+  bool finished() const noexcept { return pid_ == 0 || abandoned_; }
+  /// net was given a descriptor of a forwarding, and may have kept it whatever it says.
+  bool handed() const noexcept { return handed_; }
 
  private:
   using Clock = Poller::Clock;
@@ -94,16 +102,27 @@ class Forwarding {
   void read_helper();
   bool on_helper_message(Message& m);
   void helper_gone();
-  void on_connected(std::uint32_t id, UniqueFd fd);
-  void on_incoming(const helper::Incoming& said, UniqueFd fd);
+  void drop_helper();
+  void on_connected(std::uint32_t id, UniqueFd& fd);
+  void on_incoming(const helper::Incoming& said, UniqueFd& fd);
   static std::string describe(const Forward& forward);
   bool is_what_was_asked(const Forward& forward, int fd) const;
   void refuse(std::uint32_t number, std::uint32_t reason, const std::string& text);
   void fail(std::uint32_t number, std::uint32_t reason, const std::string& text);
   void answer_listen(std::uint32_t request, bool ok, std::uint16_t port);
   void listen_failed(std::uint32_t id, const std::string& why);
+  void listener_over(std::uint32_t id, Listener listener, const std::string& why);
   void begin_listening(std::uint32_t id, Listener listener);
   void log(const std::string& name, const std::string& fields);
+  template <class Body>
+  void tell_helper(helper::Type type, const Body& body) {
+    helper_.send(helper::version, static_cast<std::uint16_t>(type), body);
+    if (helper_.waiting() > most_waiting && !std::exchange(full_, true))  // not from in here: callers hold iterators
+      host_.poller.after(std::chrono::milliseconds{0}, [this] {
+        full_ = false;
+        if (helper_.waiting() > most_waiting) drop_helper();
+      });
+  }
   template <class Body>
   void tell(channel::Type type, const Body& body, std::vector<UniqueFd> fds = {}) {
     host_.to_net(type, std::as_bytes(std::span{&body, 1}), std::move(fds));
@@ -115,6 +134,12 @@ class Forwarding {
   Outbox helper_;
   pid_t pid_ = 0;
   bool over_ = false;
+  bool falling_ = false;    // helper_gone() is telling who waits
+  bool abandoned_ = false;  // killed, and not gone for too long
+  bool full_ = false;
+  bool handed_ = false;
+  unsigned start_tokens_ = helper_burst;
+  Clock::time_point start_refilled_ = Clock::now();
   std::map<std::uint32_t, Forward> forwards_;    // by net's or our number, pending ones too
   std::map<std::uint32_t, std::uint32_t> asked_; // the helper's id -> number: net uses numbers again
   std::map<std::uint32_t, Listener> listeners_;  // by the helper's id

@@ -22,7 +22,7 @@ namespace postern::sshd::session {
 namespace {
 
 constexpr std::uint16_t version = 1;  // both ends are one program: never another
-enum class Type : std::uint16_t { opened = 1, launch = 2, launched = 3 };
+enum class Type : std::uint16_t { opened = 1, launch = 2, launched = 3, helper = 4 };
 struct Launched {
   std::int32_t pid = 0;
   std::int32_t error = 0;
@@ -151,6 +151,36 @@ Launched serve_launch(const Message& m, const std::function<void(const std::stri
   return {static_cast<std::int32_t>(pid > 0 ? pid : 0), pid > 0 ? 0 : errno};
 }
 
+/// The forward helper, as the user's programs: with the limits, the scope and the namespaces that the modules left.
+Launched serve_helper(const Message& m) {
+  const auto flags = m.body<LaunchFlags>();
+  if (!flags || m.fds.size() != 2U + flags->has_cgroup) return {0, EBADMSG};
+  const std::string bytes = from_memfd(m.fds[0].get());
+  Reader r{bytes};
+  helper::Settings settings;
+  settings.user.name = r.text();
+  settings.user.uid = static_cast<uid_t>(r.number());
+  settings.user.gid = static_cast<gid_t>(r.number());
+  settings.user.home = r.text();
+  settings.user.shell = r.text();
+  for (auto n = r.number(); n > 0 && r.good; n--) settings.user.groups.push_back(static_cast<gid_t>(r.number()));
+  const auto local = ForwardTargets::decode(r.text());
+  const auto remote = ForwardTargets::decode(r.text());
+  settings.gateway_ports = r.number() != 0;
+  settings.unlink_sockets = r.number() != 0;
+  settings.connect_limit = std::chrono::milliseconds{r.number()};
+  settings.xauth = r.text();
+  if (!r.good || !local || !remote) return {0, EBADMSG};
+  settings.local = *local;
+  settings.remote = *remote;
+  if (flags->has_cgroup != 0) settings.cgroup_procs = m.fds[2].get();
+  UniqueFd socket{::fcntl(m.fds[1].get(), F_DUPFD_CLOEXEC, 4)};
+  if (!socket) return {0, errno};
+  const long pid = ::syscall(SYS_clone, CLONE_PARENT | SIGCHLD, nullptr, nullptr, nullptr, nullptr);
+  if (pid == 0) helper::serve(std::move(socket), settings);
+  return {static_cast<std::int32_t>(pid > 0 ? pid : 0), pid > 0 ? 0 : errno};
+}
+
 [[noreturn]] void serve(UniqueFd socket, auth::pam::PamSession& pam, const std::function<void(const std::string&)>& log_in) {
   // Nothing of the connection's may stay open here: it would keep sockets alive that are to close with postern-session.
   const auto fd = static_cast<unsigned>(socket.get());
@@ -169,8 +199,9 @@ Launched serve_launch(const Message& m, const std::function<void(const std::stri
   const int fds[1] = {payload.get()};
   (void)send_message(socket.get(), version, static_cast<std::uint16_t>(Type::opened), {}, {}, fds);
   while (const auto m = receive_within(socket.get(), -1)) {
-    if (m->type != static_cast<std::uint16_t>(Type::launch)) break;
-    (void)send_body(socket.get(), version, static_cast<std::uint16_t>(Type::launched), serve_launch(*m, log_in));
+    const bool helps = m->type == static_cast<std::uint16_t>(Type::helper);
+    if (!helps && m->type != static_cast<std::uint16_t>(Type::launch)) break;
+    (void)send_body(socket.get(), version, static_cast<std::uint16_t>(Type::launched), helps ? serve_helper(*m) : serve_launch(*m, log_in));
   }
   pam.close();
   ::_exit(0);
@@ -268,6 +299,39 @@ Expected<pid_t> PamHolder::launch(const pty::Launch& what, const std::string& lo
                                   std::span{fds, 4U + flags.has_cgroup});
       !sent)
     return Unexpected{sent.error()};
+  return launched();
+}
+
+Expected<std::pair<UniqueFd, pid_t>> PamHolder::start_helper(const helper::Settings& settings, std::string_view local, std::string_view remote) {
+  auto pair = seqpacket_pair();
+  if (!pair) return Unexpected{pair.error()};
+  Writer w;
+  w.text(settings.user.name);
+  w.number(settings.user.uid);
+  w.number(settings.user.gid);
+  w.text(settings.user.home);
+  w.text(settings.user.shell);
+  w.number(settings.user.groups.size());
+  for (const auto g : settings.user.groups) w.number(g);
+  w.text(local);
+  w.text(remote);
+  w.number(settings.gateway_ports);
+  w.number(settings.unlink_sockets);
+  w.number(static_cast<std::uint64_t>(settings.connect_limit.count()));
+  w.text(settings.xauth);
+  const UniqueFd payload = into_memfd(w.out);
+  if (!payload) return Unexpected{system_error("prepare the forward helper for the PAM holder")};
+  LaunchFlags flags;
+  flags.has_cgroup = settings.cgroup_procs >= 0;
+  const int fds[3] = {payload.get(), pair->second.get(), settings.cgroup_procs};
+  if (const auto sent = send_body(socket_.get(), version, static_cast<std::uint16_t>(Type::helper), flags, {}, std::span{fds, 2U + flags.has_cgroup}); !sent)
+    return Unexpected{sent.error()};
+  const auto pid = launched();
+  if (!pid) return Unexpected{pid.error()};
+  return std::pair{std::move(pair->first), *pid};
+}
+
+Expected<pid_t> PamHolder::launched() {
   const auto m = receive_within(socket_.get(), launch_timeout_ms);
   const auto answer = m ? m->body<Launched>() : std::nullopt;
   if (!answer || m->type != static_cast<std::uint16_t>(Type::launched)) return Unexpected{Error{EPIPE, "the PAM holder is gone"}};

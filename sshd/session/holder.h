@@ -4,12 +4,15 @@
 #include "base/expected.h"
 #include "base/unique_fd.h"
 #include "pty/launch.h"
+#include "sshd/session/forward_helper.h"
 
 #include <sys/types.h>
 
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace postern::sshd::session {
@@ -46,12 +49,15 @@ class PamHolder {
 
   /// pty::launch() there. `login_path`: terminal to record a login on, or empty.
   Expected<pid_t> launch(const pty::Launch& what, const std::string& login_path);
+  /// helper::start() there: a child of postern-session's, too. `local` and `remote`: settings.local and remote, encoded.
+  Expected<std::pair<UniqueFd, pid_t>> start_helper(const helper::Settings& settings, std::string_view local, std::string_view remote);
   pid_t pid() const noexcept { return pid_; }
   /// Lets it close PAM, and waits for that.
   void end();
 
  private:
   PamHolder() = default;
+  Expected<pid_t> launched();
   UniqueFd socket_;
   pid_t pid_ = 0;
 };

@@ -17,8 +17,12 @@ namespace postern::sshd::session {
 class Outbox {
  public:
   /// `readable` runs when there is something to receive or the peer is gone.
-  Outbox(Poller& poller, bool always_read, std::function<void()> readable)
-      : poller_{poller}, always_read_{always_read}, readable_{std::move(readable)} {}
+  ///
+  /// `let_go` gets every descriptor that we are through with (sent, or never to be sent) and the socket itself, in whose queue there may be
+  /// more, where closing them is not harmless (close_elsewhere.h). Without it they are closed.
+  using LetGo = std::function<void(UniqueFd fd, bool delivered)>;
+  Outbox(Poller& poller, bool always_read, std::function<void()> readable, LetGo let_go = {})
+      : poller_{poller}, always_read_{always_read}, readable_{std::move(readable)}, let_go_{std::move(let_go)} {}
   ~Outbox() { close(); }
   Outbox(const Outbox&) = delete;
   Outbox& operator=(const Outbox&) = delete;
@@ -28,6 +32,7 @@ class Outbox {
   bool is_open() const noexcept { return static_cast<bool>(socket_); }
   int fd() const noexcept { return socket_.get(); }
   bool blocked() const noexcept { return !waiting_.empty(); }
+  std::size_t waiting() const noexcept { return waiting_.size(); }
 
   template <class Body>
   void send(std::uint16_t protocol, std::uint16_t type, const Body& body, std::vector<UniqueFd> fds = {}) {
@@ -44,12 +49,15 @@ class Outbox {
     std::vector<std::byte> body;
     std::vector<UniqueFd> fds;
   };
-  bool try_send(const Waiting& w);
+  bool try_send(Waiting& w);
+  void let_go(Waiting& w, bool delivered);
+  void drop_waiting();
   void arm();
 
   Poller& poller_;
   const bool always_read_;
   std::function<void()> readable_;
+  LetGo let_go_;
   UniqueFd socket_;
   std::deque<Waiting> waiting_;
 };

@@ -2,6 +2,7 @@
 
 #include "base/process_title.h"
 #include "pty/process_settings.h"
+#include "sshd/session/close_elsewhere.h"
 #include "sshd/session/logins.h"
 
 #include <fcntl.h>
@@ -34,6 +35,9 @@ constexpr std::uint32_t largest_channel = 65535;
 /// Requests of one channel that wait for the helper. A client that sends more (signals, say) while the user keeps the helper from answering
 /// loses its connection.
 constexpr std::size_t most_held = 1024;
+constexpr std::size_t most_held_bytes = 4 * 1024 * 1024;  ///< of all channels
+/// Forwardings that net was told to close for want of a recorder: it has so long to say so to its client.
+constexpr std::chrono::milliseconds forward_end_wait{2'000};
 
 UniqueFd open_pidfd(pid_t pid) { return UniqueFd{static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))}; }
 
@@ -55,7 +59,7 @@ std::vector<gid_t> current_groups() {
 }  // namespace
 
 SessionProcess::SessionProcess(UniqueFd broker, bool as_root)
-    : as_root_{as_root}, broker_{poller_, true, [this] { read_broker(); }}, net_{poller_, false, [this] { read_net(); }} {
+    : as_root_{as_root}, broker_{poller_, true, [this] { read_broker(); }}, net_{poller_, false, [this] { read_net(); }, [this](UniqueFd fd, bool delivered) { let_go(std::move(fd), delivered); }} {
   sigset_t set;
   ::sigemptyset(&set);
   ::sigaddset(&set, SIGCHLD);
@@ -75,11 +79,38 @@ SessionProcess::SessionProcess(UniqueFd broker, bool as_root)
 SessionProcess::~SessionProcess() {
   channels_.clear();
   closing_.clear();
+  forwarding_.reset();
+  net_.close();
+  bury(true);
+}
+
+/// What may block us in close(2) is closed by another process, at the end of this turn of the loop.
+void SessionProcess::let_go(UniqueFd fd, bool delivered) {
+  if (!may_block_in_close(fd.get())) return;
+  int domain = 0;
+  socklen_t length = sizeof domain;
+  const linger none{};
+  // The usual case, a TCP socket that is net's now: should net have died since, it does not wait.
+  if (delivered && ::getsockopt(fd.get(), SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 && (domain == AF_INET || domain == AF_INET6) &&
+      ::setsockopt(fd.get(), SOL_SOCKET, SO_LINGER, &none, sizeof none) == 0)
+    return;
+  doomed_.push_back(std::move(fd));
+}
+
+void SessionProcess::bury(bool at_the_end) {
+  if (close_elsewhere(doomed_)) return;
+  if (!at_the_end) {
+    poller_.after(bury_retry, [] {});  // the next turn comes then
+    return;
+  }
+  for (auto& fd : doomed_) static_cast<void>(fd.release());  // a process that exits does not linger
+  doomed_.clear();
 }
 
 int SessionProcess::run() {
   while (!poller_.stopped()) {
     poller_.run_once();
+    bury(false);
     if (sweep_) sweep();
     if (phase_ == Phase::leaving && done()) break;
   }
@@ -260,12 +291,14 @@ void SessionProcess::begin_forwarding() {
         settings.user = user_;
         settings.process = user_settings_;
         settings.cgroup_procs = entrance.get();
+        // What PAM's modules left is there, as for the user's programs.
+        if (holder_) return holder_->start_helper(settings, facts_.forwarding.local_targets.get(), facts_.forwarding.remote_targets.get());
         return helper::start(settings);
       },
       [this](ch::Type type, std::span<const std::byte> body, std::vector<UniqueFd> fds) {
         net_.post(ch::version, static_cast<std::uint16_t>(type), body, std::move(fds));
       },
-      [this](const std::string& name, const std::string& fields) { event(name, fields); }});
+      [this](const std::string& name, const std::string& fields) { event(name, fields); }, [this](UniqueFd fd) { let_go(std::move(fd), false); }});
 }
 
 void SessionProcess::begin_limits() {
@@ -412,13 +445,18 @@ void SessionProcess::tell_channels() {
 
 void SessionProcess::read_net() {
   for (int i = 0; i < 32 && net_.is_open() && !net_.blocked(); i++) {
-    auto received = receive_message(net_.fd(), ch::max_message);
+    std::vector<UniqueFd> refused;
+    auto received = receive_message(net_.fd(), ch::max_message, &refused);
+    if (received && *received)
+      for (auto& fd : (*received)->fds) refused.push_back(std::move(fd));
+    const bool brought = !refused.empty();
+    for (auto& fd : refused) let_go(std::move(fd), false);
     if (!received && received.error().code == EAGAIN) return;
     if (!received) return violation(received.error().doing);
     if (!*received) return net_gone();
     const Message& m = **received;
     if (phase_ == Phase::leaving) continue;  // revoked: nothing is answered any more, only its end is waited for
-    if (!m.fds.empty()) return violation("it sent a descriptor");
+    if (brought) return violation("it sent a descriptor");
     if (m.version != ch::version) return violation("another protocol version");
     if (!on_net_message(m)) return violation("message type " + std::to_string(m.type) + " of " + std::to_string(m.bytes.size()) + " bytes");
   }
@@ -441,7 +479,8 @@ bool SessionProcess::hold(const Message& m, bool& held) {
   const auto it = held_.find(number);
   if (it == held_.end()) return true;
   held = true;
-  if (it->second.size() >= most_held) return false;
+  if (it->second.size() >= most_held || held_bytes_ + m.bytes.size() > most_held_bytes) return false;
+  held_bytes_ += m.bytes.size();
   it->second.push_back({m.version, m.type, m.bytes, {}});
   return true;
 }
@@ -451,6 +490,7 @@ void SessionProcess::answer_held(std::uint32_t number, bool ok) {
   if (it == held_.end()) return;  // the client is gone
   const std::deque<Message> waiting = std::move(it->second);
   held_.erase(it);
+  for (const Message& m : waiting) held_bytes_ -= m.bytes.size();
   net_.send(ch::version, static_cast<std::uint16_t>(ok ? ch::Type::answer_ok : ch::Type::answer_no), ch::Answer{number, 0});
   for (const Message& m : waiting)
     if (phase_ != Phase::leaving && !on_net_message(m)) return violation("message type " + std::to_string(m.type) + " of " + std::to_string(m.bytes.size()) + " bytes");
@@ -654,6 +694,7 @@ void SessionProcess::net_gone() {
   const bool first = phase_ != Phase::leaving;
   phase_ = Phase::leaving;
   held_.clear();
+  held_bytes_ = 0;
   if (forwarding_) forwarding_->end(false);
   for (auto& [number, c] : channels_) {
     c->closed();
@@ -719,7 +760,14 @@ void SessionProcess::recorder_lost() {
   if (revoked_) return;
   spdlog::warn("event=recorder_lost_for_good connection={}", facts_.id().text());
   event("recorder_lost", "action=end");
-  if (forwarding_) forwarding_->end(true);  // those that a rule names in spite of enforceRecorder end with the recording that they stand beside
+  if (forwarding_) {
+    forwarding_->end(true);  // those that a rule names in spite of enforceRecorder end with the recording that they stand beside
+    // A net that was taken over keeps them, and says what it likes.
+    if (forwarding_->handed())
+      poller_.after(forward_end_wait, [this] {
+        if (phase_ == Phase::granted) revoke("Recording is required here, and no recorder can be reached.");
+      });
+  }
   for (auto& [number, c] : channels_)
     c->lose_recorder("\r\nRecording is required here, and no recorder can be reached: this session ends.\r\n");
   for (auto& c : closing_) c->lose_recorder({});

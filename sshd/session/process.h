@@ -38,6 +38,8 @@ inline constexpr unsigned sign_burst = 8;
 inline constexpr std::chrono::milliseconds sign_refill{500};  ///< the broker's rate
 /// Channel counts go to the broker no more often.
 inline constexpr std::chrono::milliseconds channels_interval{50};
+/// No process for close_elsewhere(): tried again after so long.
+inline constexpr std::chrono::milliseconds bury_retry{100};
 inline constexpr std::chrono::milliseconds register_first_retry{200};
 inline constexpr std::chrono::milliseconds register_last_retry{1'000};
 
@@ -92,12 +94,15 @@ class SessionProcess {
   void recorder_lost();
   void watch_tree();
   void reap();
+  void let_go(UniqueFd fd, bool delivered);
+  void bury(bool at_the_end);
   void sweep();
   bool done() const;
 
   Poller poller_;
   const bool as_root_;
   Phase phase_ = Phase::new_born;
+  std::vector<UniqueFd> doomed_;  // for close_elsewhere(); before those that let go
   Outbox broker_;
   Outbox net_;
   UniqueFd signals_;
@@ -120,6 +125,7 @@ class SessionProcess {
   std::unique_ptr<TimeLimits> limits_;
   std::unique_ptr<Forwarding> forwarding_;
   std::map<std::uint32_t, std::deque<Message>> held_;  // requests of channels whose agent is being asked for: answers keep their order
+  std::size_t held_bytes_ = 0;
   bool sweep_ = false;
   std::uint32_t told_channels_ = 0;
 

@@ -56,8 +56,9 @@ Resolver::Resolver(Poller& poller) : poller_{poller}, shared_{std::make_shared<S
 }
 
 void Resolver::look_up(const std::string& host, std::uint16_t port, Handler handler) {
+  if (host.empty() || host.find('\0') != std::string::npos) return handler({{}, "not a name"});
   if (auto numeric = ask(host, port, AI_NUMERICHOST); !numeric.addresses.empty()) return handler(std::move(numeric));
-  if (host.empty() || host.find('\0') != std::string::npos || !shared_->wake_write) return handler({{}, "not a name"});
+  if (!shared_->wake_write) return handler({{}, "names cannot be looked up now"});
   const Question question{host, port, next_id_++};
   handlers_.emplace_back(question.id, std::move(handler));
   if (running_ < most_threads)

@@ -316,6 +316,13 @@ def test_targets_that_are_none_are_refused_and_the_connection_lives(net, inside)
         said = inside.answer(40)
         assert said.type == FAILED and struct.unpack_from("<I", said.body)[0] == i, said
         assert struct.unpack_from("<I", said.body, 4)[0] in (1, 2, 4)
+    with __import__("socket").create_server(("127.0.0.1", 0)) as server:  # what C's functions would read is there
+        server.setblocking(False)
+        inside.say(CONNECT, forward(20, b"127.0.0.1\0.example", server.getsockname()[1]))
+        said = inside.answer()
+        assert said.type == FAILED and struct.unpack_from("<II", said.body) == (20, 2), said
+        with pytest.raises(BlockingIOError):
+            server.accept()
     for i, (target, kind) in enumerate([(b"\0", 1), (b"relative", 1), (b"/root/postern-test", 1), (b"/" + b"y" * 255, 1)]):
         inside.say(LISTEN, forward(i, target, 0, kind))
         said = inside.answer()
