@@ -42,8 +42,10 @@ RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, c
       for (const auto group : it->second) side.groups[group].add_to(set, is_open);
   }
   for (const Address& address : addresses) side.prefixes.add_to(set, address, is_open);
-  for (const auto& [number, list] : side.sets)
-    if (std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) { return policy.sets[number].contains(a); })) list.add_to(set, is_open);
+  for (const auto& [number, list] : side.sets) {
+    const AddressRanges& ranges = policy.sets[number];
+    if (std::any_of(addresses.begin(), addresses.end(), [&](const Address& a) { return ranges.contains(a); })) list.add_to(set, is_open);
+  }
   return set;
 }
 
