@@ -63,7 +63,6 @@ BUGS: dict[tuple[str, str], str] = {
     ("asyncssh", "rekey up"): "Debian 12's asyncssh goes on sending data in its own key exchange (RFC 4253 section 7.1 forbids it): sshd takes it, libssh ends the connection",
 }
 ALWAYS_NONE = "always begins with `none`, and is in"
-LATER: list[str] = []
 
 
 @dataclass

@@ -5,7 +5,7 @@ import sys
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from clients.drivers import ALWAYS_NONE, BUGS, CLIENTS, FEATURES, LATER
+from clients.drivers import ALWAYS_NONE, BUGS, CLIENTS, FEATURES
 from harness import ROOT
 
 PAGE = ROOT / "docs/CLIENTS.md"
@@ -32,8 +32,6 @@ def text() -> str:
             else:
                 cells.append("yes")
         lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    for feature in LATER:
-        lines.append(f"| `{feature}` | " + " | ".join("later" for _ in CLIENTS) + " |")
     lines.append("")
     lines += [f"{number}. {why}" for why, number in notes.items()]
     lines += ["", "The clients: " + "; ".join(f"**{c.name}** is {c.title}" for c in CLIENTS.values()) + ".", ""]
