@@ -61,7 +61,11 @@ Explanation Policy::explain(const Network& network, const Question& question, bo
       but(!is_name ? safe_quoted(question.ssh_user, 64) + " can never be the name of an account"
                    : "users do not allow " + safe_quoted(question.ssh_user, 64) +
                          (question.ssh_user != "root" && question.uid == 0u ? " (uid 0: only a rule that writes this name out does)" : ""));
-    if (!trace.posture) but("the device does not meet " + names_of(policy, rule.postures));
+    const bool unknown = no.empty() && !trace.posture && postures_unknown(rule.postures, source);
+    if (!trace.posture)
+      but(unknown ? "nothing is known of the device, so nobody can say whether it meets " + names_of(policy, rule.postures) + (decided ? "" : ": denied")
+                  : "the device does not meet " + names_of(policy, rule.postures));
+    decided = decided || unknown;
     if (no.empty()) {
       trace.why = "src " + quoted(*src) + ", dst " + (own_node ? "the source's own node (localpart rules reach it)" : quoted(*dst)) + ", user \"" + user + "\"";
       if (!rule.postures.empty()) trace.why += ", " + names_of(policy, rule.postures);

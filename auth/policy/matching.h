@@ -62,6 +62,10 @@ std::string text_of(const Principal& principal);
 /// What lets `ssh_user` in by a rule's `users` ("root", "autogroup:nonroot", "localpart:*@example.com"); empty: nothing does.
 std::string user_by(const SshRule& rule, const Node& source, std::string_view ssh_user, std::optional<std::uint32_t> uid);
 
+/// Of a device of which nothing is known nobody can say whether it meets a posture. Where a rule that asks for one would decide, such a device is
+/// denied: skipping the rule, as for a device that does not meet it, could lead to one that asks for less.
+inline bool postures_unknown(const Postures& postures, const Node& source) { return !postures.empty() && source.attributes.empty(); }
+
 /// Whether `source` meets one of the postures, or none is asked for.
 bool postures_hold(const Compiled& policy, const Postures& postures, const std::map<std::string, Attribute>& attributes);
 

@@ -191,7 +191,9 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
   long found = -1;
   for (long next = RuleSet::first_common(reach, users); next >= 0 && found < 0; next = RuleSet::first_common(reach, users, static_cast<std::size_t>(next) + 1)) {
     any_met = true;
-    if (postures_hold(policy, policy.ssh[static_cast<std::size_t>(next)].postures, source.attributes)) found = next;
+    const Postures& postures = policy.ssh[static_cast<std::size_t>(next)].postures;
+    if (postures_hold(policy, postures, source.attributes)) found = next;
+    else if (postures_unknown(postures, source)) break;
   }
   if (found < 0) {
     verdict.denial = any_met ? Denial::posture : mappable ? Denial::user_not_permitted : Denial::invalid_user_name;

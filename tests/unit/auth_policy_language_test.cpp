@@ -291,11 +291,15 @@ TEST_CASE("section 3.2, srcPosture: a rule takes only devices that meet one of i
   // A later rule may still decide; an earlier one whose posture is not met does not stop it.
   const auto fallback = load(postures + ssh(rule("accept", "odin@example.com", "tag:server", "root", R"(, "srcPosture": ["posture:mac"], "acceptEnv": ["A"])") + "," +
                                             rule("accept", "odin@example.com", "tag:server", "root")));
-  CHECK(with(fallback, {}).accept_env.empty());
+  CHECK(with(fallback, {{"node:os", "linux"}}).outcome == Outcome::accept);
+  CHECK(with(fallback, {{"node:os", "linux"}}).accept_env.empty());
+  // Of a device of which nothing is known nobody can say which rule decides: the first may ask for a check or a recorder that the second does not.
+  CHECK(with(fallback, {}).denial == Denial::posture);
   CHECK(with(fallback, {{"node:os", "macos"}, {"node:tsVersion", "1.40"}}).accept_env == std::vector<std::string>{"A"});
   // The default holds for rules without one of their own, of every kind.
   const auto standard = load(postures + R"("defaultSrcPosture": ["posture:trusted"],)" + ssh(rule("accept", "odin@example.com", "tag:server", "root")));
   CHECK(with(standard, {}).outcome == Outcome::deny);
+  CHECK(with(standard, {{"node:os", "linux"}}).outcome == Outcome::deny);
   CHECK(with(standard, {{"custom:tier", "trusted"}}).outcome == Outcome::accept);
   for (const std::string none : {"[]", "null"})
     CHECK(with(load(postures + R"("defaultSrcPosture": ["posture:trusted"],)" + ssh(rule("accept", "odin@example.com", "tag:server", "root", ", \"srcPosture\": " + none))), {}).outcome ==
