@@ -142,12 +142,12 @@ const Value* Reading::section(std::string_view name, Kind kind) {
 }
 
 Postures Reading::postures(const Value& rule, const std::string& field) {
-  // [] and null are none of its own, as when it is not there: then the default holds.
-  const Member* own = find(rule, "srcPosture");
-  if (own == nullptr || is_empty(own->value)) return default_postures;
+  // [] and null are none of its own, as when it is not there: then the default holds. Anything else that is no list is a problem.
+  const auto texts = strings(rule, "srcPosture", field);
+  if (texts.empty()) return default_postures;
   Postures found;
   std::size_t index = 0;
-  for (const auto& [raw, at] : strings(own->value, field + ".srcPosture")) {
+  for (const auto& [raw, at] : texts) {
     const std::string place = field + ".srcPosture[" + std::to_string(index++) + "]";
     if (const auto it = posture_numbers.find(trimmed(raw)); it != posture_numbers.end()) found.push_back(it->second);
     else problem(*at, place, "posture not found: " + json_quoted(trimmed(raw)), "define it in postures");

@@ -310,6 +310,8 @@ TEST_CASE("section 3.2, srcPosture: a rule takes only devices that meet one of i
   CHECK(with(grants, {}).denial == Denial::no_network_rule);
   CHECK(with(grants, {{"node:os", "macos"}, {"node:tsVersion", "1.40"}}).outcome == Outcome::accept);
   CHECK(refusal(ssh(rule("accept", "odin@example.com", "tag:server", "root", R"(, "srcPosture": ["posture:none"])"))) == "posture not found: \"posture:none\"");
+  for (const std::string no_list : {"\"\"", "false", "{}", "\"posture:mac\""})
+    CHECK(refusal(postures + ssh(rule("accept", "odin@example.com", "tag:server", "root", ", \"srcPosture\": " + no_list))).find("must be an array of strings") == 0);
   CHECK(refusal(R"("defaultSrcPosture": ["posture:none"])") == "posture not found: \"posture:none\"");
   CHECK(refusal(R"("postures": {"posture:a": ["node:os = 'x'"]})").find("invalid posture condition") == 0);
   CHECK(refusal(R"("postures": {"posture:a": []})") == "a posture must have a condition");
