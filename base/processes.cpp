@@ -4,9 +4,16 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/sched.h>
+#include <malloc.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <charconv>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -96,6 +103,35 @@ std::vector<pid_t> descendants_of(pid_t root) {
 bool write_to(const std::string& path, std::string_view text) {
   const UniqueFd fd{::open(path.c_str(), O_WRONLY | O_CLOEXEC)};
   return fd && ::write(fd.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
+}
+
+Forked fork_into(int cgroup, bool sibling) {
+  clone_args how{};
+  how.flags = sibling ? CLONE_PARENT : 0;
+  how.exit_signal = sibling ? 0 : SIGCHLD;  // a sibling's is ours
+  if (cgroup >= 0) {
+    how.flags |= CLONE_INTO_CGROUP;
+    how.cgroup = static_cast<std::uint64_t>(cgroup);
+    const auto pid = static_cast<pid_t>(::syscall(SYS_clone3, &how, sizeof how));
+    if (pid >= 0 || (errno != ENOSYS && errno != EINVAL && errno != E2BIG && errno != EPERM && errno != EOPNOTSUPP)) return {pid, 0};
+  }
+  const unsigned long flags = (sibling ? CLONE_PARENT : 0UL) | SIGCHLD;
+  const auto pid = static_cast<pid_t>(::syscall(SYS_clone, flags, nullptr, nullptr, nullptr, nullptr));
+  if (pid != 0 || cgroup < 0) return {pid, 0};
+  const UniqueFd members{::openat(cgroup, "cgroup.procs", O_WRONLY | O_CLOEXEC)};
+  return {0, members && ::write(members.get(), "0", 1) == 1 ? 0 : errno};
+}
+
+[[gnu::noinline]] void release_unused_memory() {
+  ::malloc_trim(0);
+#ifndef POSTERN_SANITIZED
+  constexpr std::size_t page = 4096, depth = 512 * 1024;
+  const auto here = reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0));
+  const std::uintptr_t end = (here & ~(page - 1)) - 2 * page;  // below this frame and madvise's own
+  // From the highest page down: the call stops with ENOMEM at the first hole, so one page at a time.
+  for (std::uintptr_t at = end; at > end - depth; at -= page)
+    if (::madvise(reinterpret_cast<void*>(at - page), page, MADV_DONTNEED) != 0) break;
+#endif
 }
 
 }  // namespace postern

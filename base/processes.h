@@ -28,4 +28,17 @@ std::vector<pid_t> descendants_of(pid_t root);
 /// One write(2) to a file of a pseudo file system; true when all was taken.
 bool write_to(const std::string& path, std::string_view text);
 
+/// fork(2) straight into the cgroup of which `cgroup` is the folder (-1: into our own). Moving there afterwards makes the kernel wait for all of its CPUs
+/// now and then, 10 to 30 ms (cgroup_threadgroup_rwsem); it is done only where there is no CLONE_INTO_CGROUP (before Linux 5.7, or hidden by a
+/// container). `sibling`: the child is our parent's (CLONE_PARENT). For processes with one thread; pthread_atfork(3) handlers do not run.
+struct Forked {
+  pid_t pid = -1;        ///< 0: the child; -1: errno says why not
+  int cgroup_error = 0;  ///< in the child: why it is not in the cgroup
+};
+Forked fork_into(int cgroup, bool sibling = false);
+
+/// Gives the kernel back what this process has used and uses no more: free pages of the heap, and the deep end of the stack (sntrup761 and
+/// ML-KEM keep their polynomials there, PAM modules their buffers). About 0.2 ms; for when a process has settled down to wait.
+void release_unused_memory();
+
 }  // namespace postern

@@ -41,7 +41,7 @@ struct TempDir {
 std::optional<Node> who(Provider& provider, const std::string& address) {
   std::optional<Node> found;
   bool answered = false;
-  provider.who_is(*Address::parse(address), [&](Expected<std::optional<Node>> answer) {
+  provider.who_is(Endpoint{*Address::parse(address), 1}, [&](Expected<std::optional<Node>> answer) {
     REQUIRE(answer);
     answered = true;
     found = *answer;

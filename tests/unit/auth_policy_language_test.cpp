@@ -345,7 +345,7 @@ TEST_CASE("section 3.2: the default policy of a new network is its own devices, 
   CHECK(outcome(policy, "odin-laptop", "server", "odin") == "deny");
 }
 
-TEST_CASE("section 3.3: check before accept, then the order of the file; nothing is merged", "[auth][policy][language]") {
+TEST_CASE("section 3.3: check before accept, then the order of the file, nothing is merged", "[auth][policy][language]") {
   const auto both = ssh(rule("accept", "group:gods", "tag:server", "root", R"(, "acceptEnv": ["A"])") + "," +
                         rule("check", "group:gods", "tag:server", "root", R"(, "acceptEnv": ["B"])") + "," + rule("accept", "group:gods", "tag:server", "ubuntu"));
   const auto policy = load(both);
@@ -438,7 +438,7 @@ TEST_CASE("section 3.5: acls and grants are refused in the service's words", "[a
   CHECK(grant("user:*@example.com", "user:*@example.com", "\"ip\": [\"*\"]").empty());
 }
 
-TEST_CASE("a grant with via opens nothing at the node itself; one for an app opens no port", "[auth][policy][language]") {
+TEST_CASE("a grant with via opens nothing at the node itself, one for an app opens no port", "[auth][policy][language]") {
   const auto rules = ssh(rule("accept", "group:gods", "tag:server", "root"));
   const auto open = [&](const std::string& grant) { return outcome(load("\"grants\": [" + grant + "]," + rules), "odin-laptop", "server", "root") == "accept"; };
   CHECK(open(R"({"src": ["*"], "dst": ["*"], "ip": ["22"]})"));

@@ -1,0 +1,69 @@
+#include "catch.h"
+
+#include "base/file_watch.h"
+
+#include <filesystem>
+#include <fstream>
+
+using namespace postern;
+using namespace std::chrono_literals;
+namespace fs = std::filesystem;
+
+namespace {
+struct Scene {
+  Scene() {
+    std::string name = (fs::temp_directory_path() / "postern-watch-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    dir = name;
+  }
+  ~Scene() { fs::remove_all(dir); }
+  void write(const fs::path& file, const std::string& text) { std::ofstream{file} << text; }
+  /// Until `changes` is `wanted`; then as long again as a change may take to be told.
+  int run(int wanted) {
+    io.restart();
+    for (const auto end = std::chrono::steady_clock::now() + 10s; changes < wanted && std::chrono::steady_clock::now() < end;) io.run_one_for(100ms);
+    io.run_for(200ms);
+    return changes;
+  }
+  fs::path dir;
+  boost::asio::io_context io;
+  int changes = 0;
+};
+}  // namespace
+
+TEST_CASE("a file that is written, replaced, removed or made again is noticed, and its neighbours are not", "[broker][watch]") {
+  Scene s;
+  s.write(s.dir / "policy", "one");
+  FileWatch watch{s.io, s.dir / "policy", [&] { s.changes++; }};
+  s.write(s.dir / "policy", "two, in place");
+  CHECK(s.run(1) == 1);
+  s.write(s.dir / "new", "three");
+  fs::rename(s.dir / "new", s.dir / "policy");
+  CHECK(s.run(2) == 2);
+  for (int i = 0; i < 10; i++) s.write(s.dir / ("other" + std::to_string(i)), "x");
+  CHECK(s.run(2) == 2);
+  fs::remove(s.dir / "policy");
+  CHECK(s.run(3) == 3);
+  s.write(s.dir / "policy", "again");
+  CHECK(s.run(4) == 4);
+}
+
+TEST_CASE("a file behind links that Kubernetes turns is noticed each time", "[broker][watch]") {
+  Scene s;
+  for (const char* version : {"v1", "v2", "v3"}) {
+    fs::create_directory(s.dir / version);
+    s.write(s.dir / version / "policy", version);
+  }
+  fs::create_symlink("v1", s.dir / "..data");
+  fs::create_symlink("..data/policy", s.dir / "policy");
+  FileWatch watch{s.io, s.dir / "policy", [&] { s.changes++; }};
+  int turns = 0;
+  for (const char* version : {"v2", "v3", "v1"}) {
+    fs::create_symlink(version, s.dir / "..tmp");
+    fs::rename(s.dir / "..tmp", s.dir / "..data");
+    turns++;
+    CHECK(s.run(turns) == turns);
+  }
+  s.write(s.dir / "v1" / "policy", "in place, behind the link");
+  CHECK(s.run(4) == 4);
+}
