@@ -36,7 +36,6 @@ void ForwardChannel::opened(ssh_session, ssh_channel handle, UniqueFd socket, bo
   callbacks_.channel_data_function = on_data;
   callbacks_.channel_eof_function = on_eof;
   callbacks_.channel_close_function = on_close;
-  callbacks_.channel_open_response_function = on_open_answer;
   ssh_callbacks_init(&callbacks_);
   ssh_set_channel_callbacks(handle_, &callbacks_);
   poller_.watch(socket_.get(), 0, [this](short events) {
@@ -46,11 +45,10 @@ void ForwardChannel::opened(ssh_session, ssh_channel handle, UniqueFd socket, bo
   poller_.disable(socket_.get());
 }
 
-void ForwardChannel::on_open_answer(ssh_session, ssh_channel, bool success, void* self) {
-  auto& channel = *static_cast<ForwardChannel*>(self);
-  channel.touched_ = true;
-  channel.confirmed_ = success;
-  channel.refused_ = !success;
+void ForwardChannel::answered(bool success) {
+  touched_ = true;
+  confirmed_ = success;
+  refused_ = !success;
 }
 
 // ---------------------------------------------------------------- client -> socket

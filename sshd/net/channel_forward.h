@@ -29,6 +29,8 @@ class ForwardChannel {
   ssh_channel handle() const { return handle_; }
   /// `handle`: just confirmed to the client, or (`confirmed` false) asked of it.
   void opened(ssh_session session, ssh_channel handle, UniqueFd socket, bool confirmed);
+  /// The client's answer, where it was asked.
+  void answered(bool success);
 
   /// Is there something that a turn could do? `may_send`: libssh takes bytes now (the same for every channel).
   bool needs_turn(bool may_send) const;
@@ -59,7 +61,6 @@ class ForwardChannel {
   static int on_data(ssh_session, ssh_channel, void* data, std::uint32_t length, int is_error, void* self);
   static void on_eof(ssh_session, ssh_channel, void* self);
   static void on_close(ssh_session, ssh_channel, void* self);
-  static void on_open_answer(ssh_session, ssh_channel, bool success, void* self);
 
   const std::uint32_t number_;
   const ext::ChannelOpen open_;

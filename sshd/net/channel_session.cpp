@@ -203,7 +203,9 @@ void SessionChannel::read_output(Output& output, std::size_t most) {
   if (output.ended || !rests_.empty() || !may_send()) return;
   const std::size_t size = std::min<std::size_t>(most, ssh_channel_window_size(handle_));
   char* const buffer = shared_buffer();
-  const ssize_t n = ::read(output.fd.get(), buffer, size);
+  ssize_t n = ::read(output.fd.get(), buffer, size);
+  // A terminal may say so while the last bytes are still on their way between its two ends: asked again it has them (session/channel.cpp).
+  if (n < 0 && errno == EIO) n = ::read(output.fd.get(), buffer, size);
   if (n > 0) {
     send_or_keep(buffer, static_cast<std::size_t>(n), output.error);
   } else if (n < 0 && errno == EINTR) {

@@ -13,6 +13,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace postern::sshd::net {
 
@@ -25,13 +26,16 @@ class Connection : private ext::PacketObserver, private ext::Signer {
  public:
   static constexpr std::chrono::seconds sign_limit{30};            ///< a rekey while the broker restarts (DESIGN section 1)
   static constexpr std::chrono::milliseconds flush_limit{200};     ///< for the last words on a live connection
-  static constexpr std::chrono::milliseconds release_delay{1000};  ///< after the login: memory of the key exchange goes back
+  static constexpr std::chrono::milliseconds release_delay{300};    ///< after the login: memory of the key exchange goes back
   static constexpr std::size_t max_waiting_auth_requests = 32;     ///< sent ahead without waiting for answers (RFC 4252 section 5.1)
   static constexpr std::size_t max_channels = 128;                 ///< session channels; those that wait for the client's CLOSE included
   /// Likewise; session's own limit (limits.forwards_per_connection) is lower or this holds.
   static constexpr std::size_t max_forwards = 4096;
   static constexpr std::size_t max_kept = 64 * 1024 * 1024;  ///< bytes of the client's that forwardings' sockets do not take
   static constexpr std::size_t max_waiting_global_requests = 512;
+  /// Bytes that the client does not read: beyond it, it is not read either; and what waits for a key exchange that does not end, and then the
+  /// connection does.
+  static constexpr std::size_t max_unsent = 2 * 1024 * 1024;
 
   /// `socket`: the client's, connected. `broker`: our socketpair's end.
   Connection(ext::Server& server, UniqueFd socket, Link broker, const Serve& settings);
@@ -49,10 +53,13 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   // ext::PacketObserver
   void on_auth_request(bool acceptable) override;
   void on_channel_open(const ext::ChannelOpen& open) override;
+  void on_open_answer(ssh_channel handle, bool success) override;
   void on_channel_request(ssh_channel handle, ext::ChannelRequest request) override;
   void on_global_request(ext::GlobalRequest request) override;
+  void on_key_exchange_answer() override { cork(true); }
+  void on_global_reply() override {}  // that it came is all: on_client_socket()
   // ext::Signer
-  std::string sign(std::size_t key, Digest digest, std::string_view hash) override;
+  std::string sign(std::uint32_t key, Digest digest, std::string_view hash) override;
 
   void on_client_socket();
   void turn();
@@ -61,7 +68,12 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   void handle_auth_requests();
   void answer_accepted(AuthMessage message);
   void fail_auth();
+  void check_amounts();
   void authenticated();
+  std::string ask_sign(const AskSign& ask);
+  /// All signatures, or none.
+  std::vector<std::string> prove(const std::vector<std::string>& keys);
+  void ask_alive_later();
 
   void handle_link();
   void on_broker_message(Message message);
@@ -90,6 +102,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   void flush(std::chrono::steady_clock::time_point deadline);
   void note(const std::string& text);
   void quick_ack();
+  void cork(bool on);
 
   ext::Server& server_;
   UniqueFd socket_;  ///< until libssh owns it
@@ -107,8 +120,13 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   std::deque<AuthMessage> auth_requests_;  ///< in the order they came
   std::uint64_t auth_seen_ = 0, auth_got_ = 0;
   std::uint32_t auth_failures_ = 0;
+  ssh_counter_struct socket_count_{}, packet_count_{};  ///< until the login
   bool bad_user_name_ = false;
   Poller::TimerId grace_timer_ = 0;
+  std::uint32_t alive_unanswered_ = 0;
+  bool heard_ = false;              ///< from the client, since the last look
+  bool keys_proven_ = false;
+  bool corked_ = false;  ///< TCP_CORK is set
 
   std::map<std::uint32_t, std::unique_ptr<SessionChannel>> channels_;
   struct Limits {
@@ -127,6 +145,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
     bool show_port;  ///< port 0 was asked for
     std::optional<bool> result;
     std::uint32_t port = 0;
+    std::vector<std::string> signatures = {};
   };
   std::deque<GlobalReply> global_replies_;  ///< in the order of the requests, whoever answers them
   std::uint32_t next_request_ = 0;

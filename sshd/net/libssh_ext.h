@@ -1,6 +1,7 @@
 #pragma once
 
 #include "base/expected.h"
+#include "sshd/net/packet_view.h"
 #include "sshd/protocol/net.h"
 
 #include <libssh/libssh.h>
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -17,15 +19,18 @@
 ///
 /// Mechanism: our packet callbacks are set *before* the handshake, so libssh, which appends its own table only at the client's
 /// banner, asks ours first. A handler peeks at a packet (bounds-checked, the read position never moves) and uses it or passes it on.
+/// Channel messages in the middle of the client's key exchange (RFC 4253 section 7.1 forbids them, asyncssh 2.10 to 2.14 sends them, sshd
+/// takes them): --wrap around libssh's verification of a packet lets its filter see them in the state in which it takes them.
 /// Host key signatures: the linker's --wrap replaces one function of libssh. Without the wrap every handshake fails, never the
-/// other way round ("Could not sign the session id"), and the self-test at start notices.
+/// other way round ("Could not sign the session id"), and the self-test at start notices. A second wrap sees each packet's type before
+/// libssh's filter does, which knows none above 100 (ping@openssh.com).
 namespace postern::sshd::net::ext {
 
-/// Makes signatures with host key number `key` (order of Server::make). Empty = refused. Called in the middle of a key exchange.
+/// Makes signatures with host key `key` (net::key_id). Empty = refused. Called in the middle of a key exchange.
 class Signer {
  public:
   virtual ~Signer() = default;
-  virtual std::string sign(std::size_t key, Digest digest, std::string_view hash) = 0;
+  virtual std::string sign(std::uint32_t key, Digest digest, std::string_view hash) = 0;
 };
 /// One signer a process; nullptr = every signature is refused. Not owned.
 void set_signer(Signer* signer);
@@ -48,8 +53,8 @@ class LocalKey {
 /// The server side's fixed settings: algorithms, version string, public host keys. Made once before the fork of workers.
 class Server {
  public:
-  /// `blobs`: SSH wire form (RFC 4253 section 6.6), at most one of each type. `version`: what follows "SSH-2.0-".
-  static Expected<std::unique_ptr<Server>> make(const std::vector<std::string>& blobs, const std::string& version);
+  /// `blobs`: SSH wire form (RFC 4253 section 6.6); the first of each type is offered. `version`: what follows "SSH-2.0-".
+  static Expected<std::unique_ptr<Server>> make(const std::vector<std::string>& blobs, const std::string& version, bool strict = false);
   ~Server();
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;
@@ -62,16 +67,6 @@ class Server {
   ssh_bind bind_ = nullptr;
 };
 
-struct ChannelOpen {
-  std::string type;
-  std::uint32_t sender = 0;  ///< the client's number
-  std::uint32_t window = 0;
-  std::uint32_t max_packet = 0;
-  std::string target;      ///< direct-tcpip: host; direct-streamlocal@openssh.com: path
-  std::uint32_t port = 0;  ///< direct-tcpip
-  bool malformed = false;  ///< what those two have beyond other channels cannot be read
-};
-
 /// A channel that the server opens.
 struct OutgoingOpen {
   enum class Type { forwarded_tcpip, forwarded_socket, agent, x11 };
@@ -80,25 +75,6 @@ struct OutgoingOpen {
   std::uint32_t port = 0;
   std::string origin;
   std::uint32_t origin_port = 0;
-};
-
-struct GlobalRequest {
-  enum class Kind { listen_tcp, cancel_tcp, listen_socket, cancel_socket, no_more_sessions, other };
-  Kind kind = Kind::other;
-  bool want_reply = false;
-  std::string target;
-  std::uint32_t port = 0;
-};
-
-struct ChannelRequest {
-  enum class Kind { pty, env, shell, exec, subsystem, window_change, signal, send_break, end_of_write, agent, x11, other };
-  Kind kind = Kind::other;
-  bool want_reply = false;
-  std::string text;   ///< pty: TERM; env: name; exec: command; subsystem, signal: name; x11: authentication protocol
-  std::string value;  ///< pty: encoded terminal modes (RFC 4254 section 8); env: value; x11: cookie
-  bool single = false;       ///< x11: one connection only
-  std::uint32_t screen = 0;  ///< x11
-  std::uint32_t cols = 0, rows = 0, xpixels = 0, ypixels = 0;
 };
 
 /// Hears of packets while libssh is reading one: may send, must not read nor free channels.
@@ -110,11 +86,17 @@ class PacketObserver {
   virtual void on_auth_request(bool acceptable) = 0;
   /// Every CHANNEL_OPEN after authentication; the observer answers by accept_open() or refuse_open(), at any time.
   virtual void on_channel_open(const ChannelOpen& open) = 0;
+  /// The client's answer to open_outgoing(). (libssh's own callback for it came with 0.11.)
+  virtual void on_open_answer(ssh_channel channel, bool success) = 0;
   /// Every CHANNEL_REQUEST on a channel of ours; the observer answers by reply_request() if want_reply, in the order of the requests.
   virtual void on_channel_request(ssh_channel channel, ChannelRequest request) = 0;
   /// Every GLOBAL_REQUEST after authentication; the observer answers by reply_global() if want_reply, in the order of the requests (RFC 4254
   /// section 4: replies name no request).
   virtual void on_global_request(GlobalRequest request) = 0;
+  /// The client's KEXDH_INIT: what follows at once is our answer and our NEWKEYS, in two writes.
+  virtual void on_key_exchange_answer() = 0;
+  /// An answer to one of our global requests: only ask_alive() asks for any.
+  virtual void on_global_reply() = 0;
 };
 /// Before the handshake. One session a process.
 void observe_packets(ssh_session session, PacketObserver& observer);
@@ -129,13 +111,27 @@ void refuse_open(ssh_session session, const ChannelOpen& open, OpenFailure reaso
 void reply_request(ssh_channel channel, bool success);
 /// REQUEST_SUCCESS, with `port` where one was asked for (tcpip-forward of port 0), or REQUEST_FAILURE.
 void reply_global(ssh_session session, bool success, std::uint32_t port = 0);
+/// REQUEST_SUCCESS of hostkeys-prove-00@openssh.com (OpenSSH PROTOCOL 2.5): the signatures in the order of the keys asked for.
+void reply_with_signatures(ssh_session session, const std::vector<std::string>& signatures);
+/// hostkeys-00@openssh.com (OpenSSH PROTOCOL 2.5): all host keys, for clients with UpdateHostKeys. Not to clients that cannot bear it.
+void send_host_keys(ssh_session session);
+/// One of Server::make's; and the digest with which it signs in this connection (Digest::none where the type says it).
+struct KnownKey {
+  std::uint32_t id;
+  Digest digest;
+};
+std::optional<KnownKey> find_host_key(ssh_session session, std::string_view blob);
+/// keepalive@openssh.com, which every client has to answer, if only by REQUEST_FAILURE (RFC 4254 section 4).
+void ask_alive(ssh_session session);
 /// The client opens no session any more (OpenSSH PROTOCOL 2.2); forwardings it may.
-void refuse_more_sessions(ssh_session session);
-/// Asks the client for a channel. libssh takes the answer: channel_open_response_function of its callbacks. nullptr = out of memory. Not to
+void refuse_more_sessions();
+/// Asks the client for a channel. on_open_answer() tells the answer. nullptr = out of memory. Not to
 /// be freed before the answer: one to a channel that is not there ends the connection.
 ssh_channel open_outgoing(ssh_session session, const OutgoingOpen& open);
 /// A key exchange runs: libssh takes no channel data now.
 bool exchanging_keys(ssh_session session);
+/// Bytes that wait for the client to read, or for the end of a key exchange.
+std::size_t unsent(ssh_session session);
 /// Bytes of the client's that libssh holds for us.
 std::size_t unread(ssh_channel channel);
 /// No WINDOW_ADJUST any more, which must not follow our CLOSE (RFC 4254 section 5.3; asyncssh ends the connection). Before ssh_channel_close().
@@ -153,5 +149,8 @@ void send_disconnect(ssh_session session, DisconnectReason reason, const std::st
 
 /// "0.12.2"
 std::string library_version();
+/// That libssh's private structs are those that the private headers describe: an archive and headers that do not belong together would
+/// read and write beside each other. Part of the self-test.
+Expected<Done> check_layout();
 
 }  // namespace postern::sshd::net::ext

@@ -7,8 +7,9 @@
 // Never opens files or sockets, knows no policy, decides nothing, holds no private host key.
 #include "base/unique_fd.h"
 #include "base/process_title.h"
-#include "sshd/net/libssh_ext.h"
 #include "sshd/net/zygote.h"
+
+#include "libssh_text.h"
 
 #include <libssh/libssh.h>
 #include <sys/prctl.h>
@@ -27,7 +28,7 @@ extern "C" const char* __asan_default_options() { return "detect_leaks=0:symboli
 int main(int argc, char* argv[]) {
   postern::init_process_title(argv);
   if (argc == 2 && std::strcmp(argv[1], "--version") == 0) {
-    std::printf("postern-net %s, libssh %s (bundled)\n", POSTERN_VERSION, postern::sshd::net::ext::library_version().c_str());
+    std::printf("postern-net %s (%s)\n", POSTERN_VERSION, POSTERN_LIBSSH_TEXT);
     return 0;
   }
   int type = 0;

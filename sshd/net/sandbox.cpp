@@ -203,7 +203,7 @@ Expected<SystemCallFilter> SystemCallFilter::compile() {
     allow(call);
   allow_if(SCMP_SYS(fcntl), {SCMP_A1(SCMP_CMP_EQ, F_GETFL)});
   allow_if(SCMP_SYS(fcntl), {SCMP_A1(SCMP_CMP_EQ, F_SETFL)});
-  for (const int option : {TCP_NODELAY, TCP_QUICKACK})
+  for (const int option : {TCP_NODELAY, TCP_QUICKACK, TCP_CORK})
     allow_if(SCMP_SYS(setsockopt), {SCMP_A1(SCMP_CMP_EQ, IPPROTO_TCP), SCMP_A2(SCMP_CMP_EQ, static_cast<scmp_datum_t>(option))});
   // Memory, never executable.
   allow_if(SCMP_SYS(mmap), {SCMP_A2(SCMP_CMP_MASKED_EQ, PROT_EXEC, 0)});

@@ -27,7 +27,7 @@
 namespace postern::sshd::net {
 namespace {
 
-constexpr std::size_t largest_from_broker = 4096;
+constexpr std::size_t largest_from_broker = 12 * 1024;
 static_assert(sizeof(ZygoteHello) <= largest_from_broker && sizeof(Verdict) <= largest_from_broker && sizeof(Signature) <= largest_from_broker);
 
 /// One message, waiting for it. Nothing: the broker is gone, or broke the protocol.
@@ -105,7 +105,7 @@ bool Zygote::start() {
   }
   std::vector<std::string> blobs;
   for (std::uint32_t i = 0; i < hello->key_count; i++) blobs.emplace_back(hello->keys[i].blob.get());
-  auto server = ext::Server::make(blobs, std::string{hello->version_string.get()});
+  auto server = ext::Server::make(blobs, std::string{hello->version_string.get()}, hello->strict != 0);
   if (!server) {
     spdlog::error("event=net_start_failed reason={}", safe_quoted(server.error().doing));
     return false;

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string_view>
 
 // posternd <-> postern-net. Until the verdict, net talks to the broker only, over one socketpair a worker; with the verdict it
 // gets a socket to its session (sshd/protocol/channel.h) and this one is closed by both.
@@ -33,7 +34,7 @@ enum class Type : std::uint16_t {
   note = 32,       ///< Note: for the log only
 };
 
-inline constexpr std::size_t max_host_keys = 3;
+inline constexpr std::size_t max_host_keys = 8;           ///< offered ones, and those that clients learn beside them
 inline constexpr std::size_t max_public_key_blob = 1024;  ///< RSA 4096: 535 bytes
 inline constexpr std::size_t max_signature_blob = 1024;   ///< RSA 4096: 532 bytes
 
@@ -42,14 +43,22 @@ struct HostKeyPublic {
   FixedText<max_public_key_blob> blob;
 };
 
+/// Names a host key in AskSign: FNV-1a of its public blob. No index, because a worker and its connection outlive a change of the keys.
+constexpr std::uint32_t key_id(std::string_view blob) noexcept {
+  std::uint32_t hash = 2166136261U;
+  for (const char c : blob) hash = (hash ^ static_cast<unsigned char>(c)) * 16777619U;
+  return hash;
+}
+
 /// What the zygote needs before its first fork. As root it unshares (net, mount, ipc, uts), enters an empty root and becomes
 /// uid/gid; as an ordinary user (`as_root` 0) it does what the kernel lets it and says in ZygoteReady what is missing.
 struct ZygoteHello {
   std::uint8_t as_root = 0;
-  std::uint8_t spare[3] = {};
+  std::uint8_t strict = 0;  ///< only algorithms of which nobody warns
+  std::uint8_t spare[2] = {};
   std::uint32_t uid = 0;  ///< postern-net
   std::uint32_t gid = 0;
-  std::uint32_t key_count = 0;
+  std::uint32_t key_count = 0;  ///< the first of each type is offered; clients learn the others (hostkeys-00@openssh.com)
   std::array<HostKeyPublic, max_host_keys> keys;
   FixedText<64> version_string;  ///< software version after "SSH-2.0-"
   FixedText<256> empty_root;     ///< an existing empty folder, root-owned, mode 0555
@@ -76,18 +85,27 @@ struct WorkerDied {
 struct Serve {
   std::uint32_t login_grace_ms = 30'000;
   std::uint32_t max_auth_attempts = 6;
+  std::uint32_t max_bytes = 128 * 1024;  ///< from the client, before its login
+  std::uint32_t max_packets = 500;       ///< likewise
   FixedText<64> peer_address;  ///< for net's log lines only
   std::uint16_t peer_port = 0;
   std::uint16_t spare = 0;
+  std::uint32_t client_alive_interval_ms = 0;  ///< 0: the client is not asked
+  std::uint32_t client_alive_count_max = 3;
+  std::uint32_t rekey_seconds = 0;  ///< 0 = none
+  std::uint64_t rekey_bytes = 0;    ///< 0 = the cipher's own limit
 };
 
 enum class Digest : std::uint8_t { none = 0, sha256 = 1, sha384 = 2, sha512 = 3 };
 
-/// Sign an exchange hash (RFC 4253 section 8). `data` = exactly 32, 48 or 64 bytes. The first one of a connection is its session id.
+/// exchange_hash: RFC 4253 section 8; `data` = exactly 32, 48 or 64 bytes. The first one of a connection is its session id.
+/// possession: OpenSSH PROTOCOL 2.5 (hostkeys-prove-00@openssh.com), after the login; `data` is empty, the broker puts together what is signed.
+enum class Purpose : std::uint8_t { exchange_hash = 0, possession = 1 };
 struct AskSign {
-  std::uint32_t key = 0;  ///< index into ZygoteHello.keys
+  std::uint32_t key = 0;  ///< key_id()
   Digest digest = Digest::none;  ///< none: the key type says it (ed25519, ecdsa); rsa: sha256 or sha512
-  std::uint8_t spare[3] = {};
+  Purpose purpose = Purpose::exchange_hash;
+  std::uint8_t spare[2] = {};
   FixedText<64> data;
 };
 struct Signature {

@@ -357,6 +357,8 @@ void Client::start(std::uint32_t number, chan::StartKind kind, std::string comma
     static_cast<void>(body.text.set("Access revoked."));
     harness_.poller.after(std::chrono::milliseconds{300}, [this, body] { send_to(session_.get(), chan::version, chan::Type::disconnect, body); });
   }
+  int begun[2];
+  if (::pipe2(begun, O_CLOEXEC) != 0) die("pipe");
   const pid_t pid = ::fork();
   if (pid == 0) {
     ::setsid();
@@ -378,6 +380,12 @@ void Client::start(std::uint32_t number, chan::StartKind kind, std::string comma
     if (kind == chan::StartKind::shell) ::execl("/bin/sh", "-sh", nullptr);
     ::_exit(127);
   }
+  // Not before exec: who kills the group of a child that has none yet kills nobody, and ~Client waited for a "sleep 100".
+  ::close(begun[1]);
+  char none = 0;
+  while (::read(begun[0], &none, 1) < 0 && errno == EINTR) {
+  }
+  ::close(begun[0]);
   channel.pid = pid;
   channel.pidfd = UniqueFd{static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))};
   harness_.poller.watch(channel.pidfd.get(), POLLIN, [this, number](short) { child_ended(number); });

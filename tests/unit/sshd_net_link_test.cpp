@@ -3,6 +3,8 @@
 #include "sshd/net/link.h"
 #include "sshd/net/self_test.h"
 
+#include "libssh_text.h"
+
 #include <sys/socket.h>
 
 #include <chrono>
@@ -117,6 +119,18 @@ TEST_CASE("a peer that lets too much lie is given up", "[net][link]") {
   CHECK(link.gone());
 }
 
+TEST_CASE("libssh's structs are those of the headers that we were compiled with", "[net][libssh]") {
+  const auto fits = ext::check_layout();
+  INFO((fits ? "" : fits.error().doing));
+  CHECK(fits);
+}
+
+TEST_CASE("the version that is named is that of the libssh that is linked", "[net][libssh]") {
+  const std::string text = POSTERN_LIBSSH_TEXT, version = ext::library_version();
+  INFO(text << " / " << version);
+  CHECK(text.starts_with("libssh " + version.substr(0, version.find('/'))));
+}
+
 TEST_CASE("libssh logs in to itself, signed from outside", "[net][libssh]") {
   auto done = self_test();
   INFO((done ? "" : done.error().doing));
@@ -125,7 +139,7 @@ TEST_CASE("libssh logs in to itself, signed from outside", "[net][libssh]") {
 
 TEST_CASE("a signer that refuses lets no key exchange end", "[net][libssh]") {
   struct Refuser : ext::Signer {
-    std::string sign(std::size_t, Digest, std::string_view hash) override {
+    std::string sign(std::uint32_t, Digest, std::string_view hash) override {
       asked = hash.size();
       return {};
     }

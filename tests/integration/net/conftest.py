@@ -1,7 +1,6 @@
 """postern-net alone, against real clients: tests/tools/net_harness.cpp stands in for posternd and postern-session."""
 
 import json
-import os
 import pathlib
 import subprocess
 import threading
@@ -9,10 +8,9 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
-BIN = pathlib.Path(os.environ.get("POSTERN_BIN", ROOT / "build/dev/bin"))
-# Deadlines, not measurements: how long to wait for what must come.
-SOON = float(os.environ.get("POSTERN_TEST_DEADLINE", "20"))
+from harness import BIN, SLACK
+
+SOON = 20 * SLACK  # a deadline, not a measurement
 
 
 class Harness:

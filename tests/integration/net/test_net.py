@@ -8,19 +8,22 @@ import pathlib
 import random
 import signal
 import socket
+import struct
 import subprocess
+import threading
 import time
 
 import asyncssh
 import paramiko
 import pytest
 
-from conftest import SOON
+from harness import BIN, SLACK
 
 asyncssh.logging.logger.setLevel(logging.CRITICAL)
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 MIB = 1024 * 1024
+SOON = 20 * SLACK  # a deadline, not a measurement
 not_sanitized = pytest.mark.skipif(any(name in os.environ.get("POSTERN_BIN", "") for name in ("asan", "tsan")), reason="a sanitizer's own memory and time count")
 
 
@@ -256,7 +259,11 @@ def test_the_first_login_line_of_openssh_works_without_key_or_password(harness):
 def test_the_key_exchange_is_strict_and_safe_for_the_future(harness):
     log = harness.ssh("true", "-vvv").stderr.decode()
     assert "will use strict KEX ordering" in log
-    assert "kex: algorithm: sntrup761x25519-sha512" in log or "kex: algorithm: mlkem768x25519-sha256" in log
+    said = subprocess.run([BIN / "postern-net", "--version"], capture_output=True, text=True).stdout
+    if "missing: post-quantum key exchange" in said:  # system-static with a libssh before 0.12, and it says so
+        assert "system-static" in said and "kex: algorithm: curve25519-sha256" in log
+    else:
+        assert "kex: algorithm: sntrup761x25519-sha512" in log or "kex: algorithm: mlkem768x25519-sha256" in log
     assert "SSH-2.0-Postern_test" in log or "Postern_test" in log
     server = log.split("peer server KEXINIT proposal")[1]
     for weak in ("group-exchange", "group1-", "sha1", "zlib", "-cbc"):
@@ -411,6 +418,34 @@ def raw_none(t, user):
     for part in (user, "ssh-connection", "none"):
         m.add_string(part)
     t._send_message(m)
+
+
+def test_a_client_that_asks_for_kerberos_is_told_no_once_and_may_go_on(harness):
+    """Debian's libssh has GSSAPI and answers such a request by itself: with our own answer these would be two."""
+    t = transport(harness)
+    kinds, refused, accepted, read = [], threading.Event(), threading.Event(), t.packetizer.read_message
+
+    def note():
+        kind, message = read()
+        kinds.append(kind)
+        if kind in (51, 52):
+            (refused if kind == 51 else accepted).set()
+        return kind, message
+
+    t.packetizer.read_message = note  # from the second message on; the first is the answer to the service request
+    raw_none(t, None)
+    m = paramiko.Message()
+    m.add_byte(bytes([50]))
+    for part in ("kerberos", "ssh-connection", "gssapi-with-mic"):
+        m.add_string(part)
+    m.add_int(1)
+    m.add_string(b"\x06\x09\x2a\x86\x48\x86\xf7\x12\x01\x02\x02")  # Kerberos 5, in DER (RFC 4462 section 3.2)
+    t._send_message(m)
+    assert refused.wait(SOON)
+    raw_none(t, "kerberos")
+    assert accepted.wait(SOON)
+    assert kinds.count(51) == 1, kinds
+    t.close()
 
 
 @pytest.mark.parametrize("name", ["", "a" * 256, "a\nb", "a\x00b"], ids=["empty", "long", "newline", "nul"])
@@ -676,6 +711,26 @@ def test_no_login_waits_for_a_delayed_acknowledgement(harness):
         if spread[-1] < 0.035:
             return
     pytest.fail(f"logins differ by {spread} s")
+
+
+def test_the_answer_and_new_keys_of_a_key_exchange_come_in_one_segment(harness):
+    """As sshd's. PuTTY 0.78, given the answer alone while it sends, now and then never sends again."""
+    t = transport(harness)
+    t.auth_password("one-segment", "")
+    channel = t.open_session()
+    channel.exec_command("cat")
+    channel.sendall(b"x")
+    assert channel.recv(1) == b"x"
+
+    def segments():  # tcpi_data_segs_in (linux/tcp.h, struct tcp_info)
+        return struct.unpack_from("I", t.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 200), 152)[0]
+    for _ in range(5):
+        before = segments()
+        t.renegotiate_keys()
+        assert segments() - before == 2, "KEXINIT; KEX_ECDH_REPLY and NEWKEYS"
+    channel.sendall(b"y")
+    assert channel.recv(1) == b"y"
+    t.close()
 
 
 # ------------------------------------------------------------------ hostile clients
