@@ -16,6 +16,8 @@ struct Globals {
 using Exit = CLI::RuntimeError;
 
 // One file a command: its options, and what it does, as the subcommand's callback.
+void add_host_keys(CLI::App& app, const Globals& globals);
+void add_known_hosts(CLI::App& app);
 void add_play(CLI::App& app);
 void add_policy(CLI::App& app, const Globals& globals);
 void add_recordings(CLI::App& app);

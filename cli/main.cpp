@@ -14,6 +14,8 @@ int main(int argc, char* argv[]) {
   Globals globals;
   app.add_option("--control", globals.control, "posternd's control socket")->envname("POSTERN_CONTROL")->capture_default_str();
 
+  add_host_keys(app, globals);
+  add_known_hosts(app);
   add_play(app);
   add_policy(app, globals);
   add_recordings(app);

@@ -1,5 +1,7 @@
 #include "pty/launch.h"
 
+#include "base/processes.h"
+
 #include "pty/oom_score.h"
 
 #include <fcntl.h>
@@ -49,7 +51,7 @@ std::string base_name(const std::string& path) {
 
 }  // namespace
 
-void run_as_user(const Launch& what) {
+void run_as_user(const Launch& what, int cgroup_error) {
   ::prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0);
   fresh_signals();
   if (::dup2(what.error, STDERR_FILENO) < 0 || ::dup2(what.input, STDIN_FILENO) < 0 || ::dup2(what.output, STDOUT_FILENO) < 0)
@@ -57,9 +59,8 @@ void run_as_user(const Launch& what) {
   if (::setsid() < 0) fail(std::string{"setsid: "} + std::strerror(errno), could_not_become_user);
   if (what.terminal && ::ioctl(STDIN_FILENO, TIOCSCTTY, 0) != 0)
     fail(std::string{"no controlling terminal: "} + std::strerror(errno), could_not_become_user);
-  // Into the leaf before anything of the user's runs: what is in it can be ended as one, whatever it ignores.
-  if (what.cgroup_procs >= 0 && ::write(what.cgroup_procs, "0", 1) != 1)
-    fail(std::string{"cannot enter the session's cgroup: "} + std::strerror(errno), could_not_become_user);
+  // In the leaf before anything of the user's runs: what is in it can be ended as one, whatever it ignores.
+  if (cgroup_error != 0) fail(std::string{"cannot enter the session's cgroup: "} + std::strerror(cgroup_error), could_not_become_user);
   reset_oom_score();
   if (what.before) what.before();
   if (what.settings) what.settings->apply();
@@ -101,12 +102,12 @@ Expected<pid_t> launch(const Launch& what) {
   sigset_t all, before;
   ::sigfillset(&all);
   ::sigprocmask(SIG_BLOCK, &all, &before);
-  const pid_t pid = ::fork();
-  if (pid == 0) run_as_user(what);
+  const auto child = fork_into(what.cgroup);
+  if (child.pid == 0) run_as_user(what, child.cgroup_error);
   const int e = errno;
   ::sigprocmask(SIG_SETMASK, &before, nullptr);
-  if (pid < 0) return Unexpected{system_error("fork a program", e)};
-  return pid;
+  if (child.pid < 0) return Unexpected{system_error("fork a program", e)};
+  return child.pid;
 }
 
 }  // namespace postern::pty

@@ -21,7 +21,7 @@ struct Launch {
   std::string greeting;                  ///< for a login shell on a terminal; shown unless ~/.hushlogin is there
   std::optional<ProcessSettings> settings;
   std::function<void()> before;          ///< runs in the child before it becomes the user (login records: who(1) in .profile sees itself)
-  int cgroup_procs = -1;                 ///< open cgroup.procs of the leaf that the program is to live in
+  int cgroup = -1;                       ///< open folder of the cgroup that the program is to live in
 };
 
 /// Exit status of a child that could not become the user (nothing ran), and of one whose shell could not be executed (sshd: 1).
@@ -33,6 +33,7 @@ Expected<pid_t> launch(const Launch& what);
 
 /// What the child does between fork and exec: fresh signals, own session, terminal, limits, the user, nothing open but 0, 1, 2, exec.
 /// Anything that fails is a line on its stderr and an exit; a shell with wrong ids is never run.
-[[noreturn]] void run_as_user(const Launch& what);
+/// `cgroup_error`: fork_into()'s.
+[[noreturn]] void run_as_user(const Launch& what, int cgroup_error);
 
 }  // namespace postern::pty

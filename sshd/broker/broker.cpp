@@ -1,7 +1,6 @@
 #include "sshd/broker/broker.h"
 
 #include "auth/policy/network_file.h"
-#include "auth/policy/hujson.h"
 #include "base/log.h"
 #include "sshd/broker/connection.h"
 #include "sshd/broker/processes.h"
@@ -9,6 +8,7 @@
 #include "sshd/protocol/session.h"
 
 #include <boost/asio/buffer.hpp>
+#include <boost/asio/post.hpp>
 #include <boost/asio/read_until.hpp>
 #include <boost/asio/streambuf.hpp>
 #include <boost/asio/write.hpp>
@@ -25,6 +25,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstring>
@@ -36,8 +37,15 @@ using namespace std::chrono_literals;
 using boost::asio::posix::descriptor_base;
 using error_code = boost::system::error_code;
 
-/// Pairs of nodes for which a policy's own tests are tried at a load: about 0.2 s. Nobody is let in meanwhile.
-constexpr std::size_t most_test_pairs = 100'000;
+/// Live connections that are looked at again before others get their turn: a login waits for no more of them.
+constexpr std::size_t re_evaluated_at_once = 16;
+/// Ends of connections after a change: so many at once, then so many a second. To cut off one client costs 1 ms of CPU time, to end its programs
+/// and to clear up 2 ms: 1,000 of them shall be cut off within a second on two cores, and those who log in meanwhile shall hardly notice
+/// (bench/revocation).
+constexpr double revoked_at_once = 32, revoked_per_second = 1200;
+constexpr std::chrono::milliseconds clear_up_after{1000}, clear_up_time{2};
+constexpr auto revoke_pause = 5ms;
+constexpr auto listen_again_after = 2s;
 constexpr std::size_t largest_control_request = 4096;
 constexpr int listen_backlog = 1024;
 
@@ -90,6 +98,7 @@ std::optional<Endpoint> local_end(int fd) {
 }  // namespace
 
 struct Broker::Listener {
+  Wanted wanted;
   Endpoint endpoint;
   boost::asio::posix::stream_descriptor socket;
   boost::asio::steady_timer pause;
@@ -97,43 +106,32 @@ struct Broker::Listener {
 
 Broker::Broker(boost::asio::io_context& io, Config config, std::string config_file, std::string own_dir)
     : io_{io}, config_{std::move(config)}, config_file_{std::move(config_file)}, own_dir_{std::move(own_dir)}, as_root_{::geteuid() == 0},
-      registrations_pause_{io}, control_pause_{io}, child_signals_{io, SIGCHLD} {}
+      rules_{config_}, audit_{config_.audit}, expiry_{io}, listen_again_{io}, revoke_pause_{io}, takeover_{config_.listen.nft}, registrations_pause_{io}, control_pause_{io}, child_signals_{io, SIGCHLD}, penalties_{config_.limits.penalties}, turned_away_{io.get_executor()} {}
 
 Broker::~Broker() = default;
 
-Expected<Done> Broker::load_policy(bool first) {
-  const auto text = read_whole_file(config_.policy.file, auth::policy::hujson::max_file_bytes);
-  if (!text) return Unexpected{text.error()};
-  auto loaded = auth::policy::Policy::load(*text, config_.policy.file, load_options(config_));
-  if (!loaded) {
-    for (const auto& p : loaded.error()) spdlog::error("event=policy_problem problem={}", safe_quoted(p.text(), 1000));
-    return Unexpected{Error{EINVAL, text_of(loaded.error())}};
-  }
-  // The file's own assertions, on the nodes that are seen here. A new file of which one fails is not taken, as in the real service; at
-  // the start the log says so: without a server nobody could come and mend it (Headscale does the same).
-  const auto tests = loaded->run_tests(provider_->network(), false, most_test_pairs);
-  for (const auto& p : tests.left_out) spdlog::info("event=policy_test_left_out problem={}", safe_quoted(p.text(), 1000));
-  for (const auto& p : tests.failed) spdlog::error("event=policy_test_failed problem={}", safe_quoted(p.text(), 1000));
-  if (!tests.failed.empty() && !first) return Unexpected{Error{EINVAL, text_of(tests.failed)}};
-  policy_ = std::move(*loaded);
-  policy_version_++;
-  for (const auto& w : policy_->warnings()) spdlog::warn("event=policy_warning problem={}", safe_quoted(w.text(), 1000));
-  spdlog::info("event=policy_loaded file={} version={} first={}", safe_quoted(config_.policy.file), policy_version_, first);
-  return Done{};
+Expected<std::unique_ptr<auth::identity::Provider>, std::vector<Problem>> make_provider(boost::asio::io_context& io, const Config& config) {
+  if (config.identity.provider == "tailscaled") return auth::identity::make_tailscaled_provider(io, config.tailscaled);
+  if (config.identity.provider == "wireguard") return auth::identity::make_wireguard_provider(io, config.wireguard);
+  return auth::identity::make_static_provider(config.identity.file);
 }
 
 void Broker::start(std::function<void(Expected<Done>)> ready) {
-  auto provider = auth::identity::make_static_provider(config_.identity.file);
-  if (!provider) {
-    std::string all;
-    for (const auto& p : provider.error()) all += (all.empty() ? "" : "\n") + p.text();
-    return ready(Unexpected{Error{EINVAL, all}});
-  }
+  auto provider = make_provider(io_, config_);
+  if (!provider) return ready(Unexpected{Error{EINVAL, text_of(provider.error())}});
   provider_ = std::move(*provider);
-  if (auto loaded = load_policy(true); !loaded) return ready(std::move(loaded));
-  auto keys = HostKeys::load_or_make(config_.host_keys.dir);
-  if (!keys) return ready(Unexpected{keys.error()});
-  keys_ = std::move(*keys);
+  provider_->start(
+      [this, ready](Expected<Done> known) {
+        if (!known) return ready(std::move(known));
+        set_up(ready);
+      },
+      [this] { network_changed(); });
+}
+
+void Broker::set_up(std::function<void(Expected<Done>)> ready) {
+  if (auto opened = audit_.open(); !opened) return ready(std::move(opened));
+  if (auto loaded = rules_.load(provider_->network(), true); !loaded) return ready(std::move(loaded));
+  if (auto loaded = load_keys(); !loaded) return ready(std::move(loaded));
   const std::string dir = config_.programs.dir.empty() ? own_dir_ : config_.programs.dir;
   auto net_program = Program::open(dir, "postern-net");
   auto session_program = Program::open(dir, "postern-session");
@@ -142,8 +140,9 @@ void Broker::start(std::function<void(Expected<Done>)> ready) {
   net_program_ = std::move(*net_program);
   session_program_ = std::move(*session_program);
 
-  net::ZygoteHello net_hello;
+  net::ZygoteHello& net_hello = net_hello_;
   net_hello.as_root = as_root_;
+  net_hello.strict = config_.ssh.algorithms == "strict";
   if (as_root_) {
     const passwd* user = ::getpwnam(config_.sandbox.user.c_str());
     if (user == nullptr || user->pw_uid == 0)
@@ -165,8 +164,6 @@ void Broker::start(std::function<void(Expected<Done>)> ready) {
     return ready(Unexpected{system_error("make the empty root " + config_.sandbox.empty_root)});
   bool fits = net_hello.version_string.set(config_.ssh.version_string) && net_hello.empty_root.set(config_.sandbox.empty_root) &&
               net_hello.log_level.set(config_.log.level);
-  net_hello.key_count = static_cast<std::uint32_t>(keys_->count());
-  for (std::size_t i = 0; i < keys_->count(); i++) fits = fits && net_hello.keys[i].blob.set(keys_->public_blob(i));
   session::ZygoteHello session_hello;
   session_hello.as_root = as_root_;
   fits = fits && session_hello.pam_service.set(config_.pam.service) && session_hello.pam_confdir.set(config_.pam.confdir) &&
@@ -196,8 +193,12 @@ void Broker::start(std::function<void(Expected<Done>)> ready) {
       fill_pool();
       if (auto opened = open_control(); !opened) return ready(std::move(opened));
       // The zygotes stand before the first listener is open.
-      if (auto opened = open_listeners(); !opened) return ready(std::move(opened));
-      for (std::size_t i = 0; i < keys_->count(); i++) spdlog::info("event=host_key fingerprint={} line={}", keys_->fingerprint(i), safe_quoted(keys_->public_line(i), 2000));
+      if (auto opened = update_listeners(true); !opened) return ready(std::move(opened));
+      serving_ = true;
+      if (config_.policy.watch && config_.policy.has(PolicySource::file))
+        policy_watch_ = std::make_unique<FileWatch>(io_, config_.policy.file, [this] { policy_file_changed(); });
+      wait_for_expiry();
+      for (std::size_t i = 0; i < keys_->count(); i++) log_key(i);
       ready(Done{});
     });
   });
@@ -212,28 +213,108 @@ void Broker::reap() {
   });
 }
 
-Expected<Done> Broker::open_listeners() {
-  for (const Endpoint& wanted : config_.listen.addresses) {
-    UniqueFd fd{::socket(wanted.address.v4() ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
-    if (!fd) return Unexpected{system_error("listen on " + wanted.text())};
-    const int one = 1;
-    ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    // The address may come later (tailscaled starts after us): ip(7) IP_FREEBIND.
-    if (wanted.address.v4()) ::setsockopt(fd.get(), IPPROTO_IP, IP_FREEBIND, &one, sizeof one);
-    else {
-      ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_FREEBIND, &one, sizeof one);
-      ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
-    }
-    socklen_t length = 0;
-    const sockaddr_storage s = to_sockaddr(wanted, length);
-    if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&s), length) != 0 || ::listen(fd.get(), listen_backlog) != 0)
-      return Unexpected{system_error("listen on " + wanted.text())};
-    const Endpoint got = local_end(fd.get()).value_or(wanted);
-    listeners_.push_back(std::unique_ptr<Listener>{
-        new Listener{got, boost::asio::posix::stream_descriptor{io_, fd.release()}, boost::asio::steady_timer{io_}}});
-    spdlog::info("event=listening address={}", got.text());
-    accept_clients(*listeners_.back());
+Expected<Done> Broker::load_keys() {
+  auto keys = config_.host_keys.files.empty() ? HostKeys::load_or_make(config_.host_keys.dir) : HostKeys::load(config_.host_keys.files);
+  if (!keys) return Unexpected{keys.error()};
+  keys_ = std::move(*keys);
+  net_hello_.key_count = 0;
+  for (std::size_t i = 0; i < keys_->count(); i++) {
+    if (keys_->use(i) == HostKeys::Use::retired) continue;
+    if (net_hello_.key_count == net::max_host_keys) return Unexpected{Error{E2BIG, "too many host keys"}};
+    (void)net_hello_.keys[net_hello_.key_count++].blob.set(keys_->public_blob(i));
   }
+  return Done{};
+}
+
+Expected<Done> Broker::rotate_keys(bool finish) {
+  if (!config_.host_keys.files.empty())
+    return Unexpected{Error{EINVAL, "host_keys.files names the keys: add the new one there, behind the old one, and let clients learn it; then take the old one away"}};
+  auto done = finish ? HostKeys::finish_rotation(config_.host_keys.dir) : HostKeys::prepare_rotation(config_.host_keys.dir);
+  if (!done) return done;
+  if (auto loaded = load_keys(); !loaded) return loaded;
+  for (std::size_t i = 0; i < keys_->count(); i++) log_key(i);
+  net_zygote_->replace(bytes_of(net_hello_));
+  pool_.clear();  // workers that know the keys of before; without a broker they end
+  fill_pool();
+  return Done{};
+}
+
+void Broker::log_key(std::size_t i) const {
+  static constexpr const char* uses[] = {"offered", "announced", "retired"};
+  spdlog::info("event=host_key fingerprint={} use={} line={}", keys_->fingerprint(i), uses[static_cast<std::size_t>(keys_->use(i))], safe_quoted(keys_->public_line(i), 2000));
+}
+
+std::vector<Broker::Wanted> Broker::wanted_listeners() const {
+  std::vector<Endpoint> dialled = config_.listen.addresses;
+  if (dialled.empty())
+    for (const auto& address : provider_->own_addresses()) dialled.push_back({address, config_.listen.port});
+  std::vector<Wanted> all;
+  for (const auto& e : dialled) all.push_back({e, config_.listen.takeover == "nft" ? Endpoint{e.address, config_.listen.takeover_port} : e});
+  return all;
+}
+
+Expected<Done> Broker::update_listeners(bool first) {
+  const auto wanted = wanted_listeners();
+  listen_again_.cancel();
+  revoke_pause_.cancel();
+  error_code ignored;
+  std::erase_if(listeners_, [&](const auto& l) {
+    if (std::find(wanted.begin(), wanted.end(), l->wanted) != wanted.end()) return false;
+    spdlog::info("event=not_listening address={}", l->endpoint.text());
+    l->socket.close(ignored);
+    l->pause.cancel();
+    return true;
+  });
+  bool again = false;
+  for (const auto& w : wanted) {
+    if (std::any_of(listeners_.begin(), listeners_.end(), [&](const auto& l) { return l->wanted == w; })) continue;
+    auto opened = open_listener(w);
+    if (!opened && first) return opened;
+    if (!opened) spdlog::error("event=listen_failed why={}", safe_quoted(opened.error().doing, 1000));
+    again = again || !opened;
+  }
+  if (wanted.empty()) spdlog::warn("event=not_listening why=\"the network has given this machine no address yet\"");
+  if (config_.listen.takeover == "nft") {
+    std::vector<Takeover::Redirect> redirects;
+    for (const auto& l : listeners_) redirects.push_back({l->wanted.dialled, l->endpoint.port});
+    auto set = takeover_.set(redirects);
+    if (!set && first) return set;
+    if (!set) spdlog::error("event=takeover_failed why={}", safe_quoted(set.error().doing, 1000));
+    again = again || !set;
+  }
+  if (again) {
+    listen_again_.expires_after(listen_again_after);
+    listen_again_.async_wait([this](error_code ec) { if (!ec && !stopping_) (void)update_listeners(false); });
+  }
+  return Done{};
+}
+
+Expected<Done> Broker::open_listener(const Wanted& wanted) {
+  const Endpoint& at = wanted.bound;
+  UniqueFd fd{::socket(at.address.v4() ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
+  if (!fd) return Unexpected{system_error("listen on " + at.text())};
+  const int one = 1;
+  ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+  // The address may come later (tailscaled starts after us): ip(7) IP_FREEBIND.
+  if (at.address.v4()) ::setsockopt(fd.get(), IPPROTO_IP, IP_FREEBIND, &one, sizeof one);
+  else {
+    ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_FREEBIND, &one, sizeof one);
+    ::setsockopt(fd.get(), IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
+  }
+  socklen_t length = 0;
+  const sockaddr_storage s = to_sockaddr(at, length);
+  if (::bind(fd.get(), reinterpret_cast<const sockaddr*>(&s), length) != 0 || ::listen(fd.get(), listen_backlog) != 0) {
+    auto error = system_error("listen on " + at.text());
+    // A server on 0.0.0.0 has every address (ip(7)), SO_REUSEADDR or not.
+    if (error.code == EADDRINUSE)
+      error.doing += ". Another server has this port, often an sshd on all addresses. Ways out: give that one its own addresses (ListenAddress in sshd_config(5)); "
+                     "or [listen] takeover = \"nft\", which redirects this address's port to us; or another port here (docs/SETTINGS.md, [listen])";
+    return Unexpected{std::move(error)};
+  }
+  const Endpoint got = local_end(fd.get()).value_or(at);
+  listeners_.push_back(std::shared_ptr<Listener>{new Listener{wanted, got, boost::asio::posix::stream_descriptor{io_, fd.release()}, boost::asio::steady_timer{io_}}});
+  spdlog::info("event=listening address={}", got.text());
+  accept_clients(listeners_.back());
   return Done{};
 }
 
@@ -243,26 +324,40 @@ std::vector<Endpoint> Broker::listening() const {
   return out;
 }
 
-void Broker::accept_clients(Listener& listener) {
-  listener.socket.async_wait(descriptor_base::wait_read, [this, &listener](error_code ec) {
-    if (ec || stopping_) return;
+void Broker::accept_clients(const std::shared_ptr<Listener>& listener) {
+  listener->socket.async_wait(descriptor_base::wait_read, [this, listener](error_code ec) {
+    if (ec || stopping_ || !listener->socket.is_open()) return;
     for (int i = 0; i < 32; i++) {
-      const int fd = ::accept4(listener.socket.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+      const int fd = ::accept4(listener->socket.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
       if (fd >= 0) {
-        accepted(fd, listener.endpoint);
+        accepted(fd, listener->endpoint);
         continue;
       }
       if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
         // Nobody can be let in now; do not spin.
         spdlog::error("event=accept_failed why={}", safe_quoted(std::strerror(errno)));
-        listener.pause.expires_after(100ms);
-        listener.pause.async_wait([this, &listener](error_code e) { if (!e) accept_clients(listener); });
+        listener->pause.expires_after(100ms);
+        listener->pause.async_wait([this, listener](error_code e) { if (!e) accept_clients(listener); });
         return;
       }
       if (errno != EINTR && errno != ECONNABORTED) break;  // EAGAIN: all taken
     }
     accept_clients(listener);
   });
+}
+
+/// How long a network that is gone goes unnoticed (tcp(7)).
+void Broker::set_patience(int fd) const {
+  constexpr int probes = 4;
+  const auto option = [fd](int level, int name, int value) { ::setsockopt(fd, level, name, &value, sizeof value); };
+  const auto seconds = [](std::chrono::milliseconds t) { return static_cast<int>(std::max<std::int64_t>(1, (t.count() + 999) / 1000)); };
+  if (const auto idle = config_.ssh.tcp_keepalive; idle.count() > 0) {
+    option(SOL_SOCKET, SO_KEEPALIVE, 1);
+    option(IPPROTO_TCP, TCP_KEEPIDLE, std::min(seconds(idle), 32767));
+    option(IPPROTO_TCP, TCP_KEEPINTVL, std::min(seconds(idle / probes), 32767));
+    option(IPPROTO_TCP, TCP_KEEPCNT, probes);  // the user time-out takes its place where there is one
+  }
+  if (const auto limit = config_.ssh.tcp_user_timeout; limit.count() > 0) option(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(limit.count()));
 }
 
 void Broker::accepted(int raw, const Endpoint&) {
@@ -273,28 +368,40 @@ void Broker::accepted(int raw, const Endpoint&) {
   const auto peer = to_endpoint(s);
   const auto local = local_end(fd.get());
   if (!peer || !local) return;
-  const auto refuse = [&](const char* why) { spdlog::warn("event=connection_refused peer={} why={}", peer->text(), why); };
-  if (const auto it = penalties_.find(peer->address); it != penalties_.end()) {
-    if (it->second > std::chrono::steady_clock::now()) return refuse("penalty");
-    penalties_.erase(it);
-  }
-  if (unauthenticated_in_all_ >= config_.limits.unauthenticated_connections) return refuse("unauthenticated_connections");
-  if (const auto it = unauthenticated_.find(peer->address);
+  const auto now = std::chrono::steady_clock::now();
+  const auto refuse = [&](const char* why, std::string_view text) {
+    if (const auto left_out = refusals_logged_.pass(now)) spdlog::warn("event=connection_refused peer={} why={} left_out={}", peer->text(), why, *left_out), audit_.tell("refused", {{"verdict", "deny"}, {"peer", peer->text()}, {"why", why}});
+    turned_away_.add(std::move(fd), refusal(config_.ssh.version_string, text));
+  };
+  const std::string source = source_of(self(peer->address), peer->address);
+  if (penalties_.refused(source, now)) return refuse("penalty", "too many failed attempts from here; try again later");
+  if (unauthenticated_in_all_ >= config_.limits.unauthenticated_connections) return refuse("unauthenticated_connections", "too many connections are logging in; try again later");
+  if (const auto it = unauthenticated_.find(source);
       it != unauthenticated_.end() && it->second >= config_.limits.unauthenticated_connections_per_source)
-    return refuse("unauthenticated_connections_per_source");
-  if (connections_.size() >= config_.limits.connections) return refuse("connections");
-  unauthenticated_[peer->address]++;
+    return refuse("unauthenticated_connections_per_source", "too many connections from here are logging in; try again later");
+  if (connections_.size() >= config_.limits.connections) return refuse("connections", "too many connections; try again later");
+  unauthenticated_[source]++;
   unauthenticated_in_all_++;
   const int one = 1;
   ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
   ::setsockopt(fd.get(), IPPROTO_TCP, TCP_QUICKACK, &one, sizeof one);
-  ::setsockopt(fd.get(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
-  auto connection = std::make_shared<Connection>(*this, std::move(fd), *peer, *local);
+  set_patience(fd.get());
+  auto connection = std::make_shared<Connection>(*this, std::move(fd), *peer, *local, source);
   connections_.emplace(connection.get(), connection);
   connection->start();
 }
 
-void Broker::no_longer_unauthenticated(const Address& source) {
+void Broker::punish(const Address& peer, const std::string& source, Offence offence) {
+  const auto& exempt = config_.limits.penalty_exempt;
+  // From this machine itself: all peers, where the network is behind a proxy (userspace networking).
+  const auto own = provider_->own_addresses();
+  if (std::find(own.begin(), own.end(), peer) != own.end()) return;
+  if (std::any_of(exempt.begin(), exempt.end(), [&](const Prefix& p) { return p.contains(peer); })) return;
+  if (const auto refused = penalties_.add(source, offence, std::chrono::steady_clock::now()))
+    spdlog::warn("event=penalty peer={} source={} why={} seconds={}", peer.text(), safe_quoted(source), name_of(offence), std::chrono::ceil<std::chrono::seconds>(*refused).count());
+}
+
+void Broker::no_longer_unauthenticated(const std::string& source) {
   const auto it = unauthenticated_.find(source);
   if (it == unauthenticated_.end()) return;
   unauthenticated_in_all_--;
@@ -323,23 +430,41 @@ void Broker::fill_pool() {
         return;
       }
       Worker worker{std::move(*child), std::make_unique<LocalSocket>(io_.get_executor(), std::move(*end), net::version, 16 * 1024), *token};
-      while (!want_worker_.empty()) {
-        const auto connection = want_worker_.front().lock();
-        want_worker_.pop_front();
-        if (!connection) continue;
-        serving_[worker.token] = connection->peer().address;
-        return connection->serve(std::move(worker));
+      if (const auto connection = next_in_line()) {
+        served_[worker.token] = connection->peer().address;
+        connection->serve(std::move(worker));
+        return fill_pool();  // more than 64 may wait: without this the rest waited until somebody else came
       }
       pool_.push_back(std::move(worker));
     });
   }
 }
 
+std::shared_ptr<Connection> Broker::next_in_line() {
+  std::erase_if(want_worker_, [](const auto& c) { return c.expired(); });
+  const auto held = [this](const std::weak_ptr<Connection>& c) {
+    const auto connection = c.lock();
+    const auto it = connection ? unauthenticated_.find(connection->counted_as()) : unauthenticated_.end();
+    return it == unauthenticated_.end() ? 0 : it->second;
+  };
+  auto at = want_worker_.end();
+  std::uint32_t least = 0;
+  for (auto it = want_worker_.begin(); it != want_worker_.end(); ++it)
+    if (const auto n = held(*it); at == want_worker_.end() || n < least) {
+      at = it;
+      least = n;
+    }
+  if (at == want_worker_.end()) return nullptr;
+  const auto next = at->lock();
+  want_worker_.erase(at);
+  return next;
+}
+
 void Broker::give_worker(std::shared_ptr<Connection> connection) {
   if (!pool_.empty()) {
     Worker worker = std::move(pool_.front());
     pool_.pop_front();
-    serving_[worker.token] = connection->peer().address;
+    served_[worker.token] = connection->peer().address;
     connection->serve(std::move(worker));
   } else {
     want_worker_.push_back(connection);
@@ -349,10 +474,10 @@ void Broker::give_worker(std::shared_ptr<Connection> connection) {
 
 void Broker::worker_died(std::uint64_t token, int wait_status) {
   std::erase_if(pool_, [token](const Worker& w) { return w.token == token; });
-  const auto it = serving_.find(token);
-  if (it == serving_.end()) return fill_pool();
+  const auto it = served_.find(token);
+  if (it == served_.end()) return fill_pool();
   const Address source = it->second;
-  serving_.erase(it);
+  served_.erase(it);
   // SIGKILL is no parser's doing: it is how we and its session end it, an administrator, or the kernel out of memory. (That we killed it,
   // too, says nothing: its end is seen here last, after its socket and its pidfd.)
   if (WIFSIGNALED(wait_status) && WTERMSIG(wait_status) != SIGKILL) {
@@ -360,10 +485,8 @@ void Broker::worker_died(std::uint64_t token, int wait_status) {
     // source waits instead.
     spdlog::error("event=net_crashed peer={} signal={}", source.text(), WTERMSIG(wait_status));
     if (!net_zygote_->replace_after_crash()) {
-      const auto now = std::chrono::steady_clock::now();
-      std::erase_if(penalties_, [now](const auto& p) { return p.second <= now; });
-      penalties_[source] = now + config_.limits.crash_penalty;
-      spdlog::warn("event=penalty peer={} seconds={}", source.text(), std::chrono::duration_cast<std::chrono::seconds>(config_.limits.crash_penalty).count());
+      penalties_.refuse(source_of(self(source), source), config_.limits.crash_penalty, std::chrono::steady_clock::now());
+      spdlog::warn("event=penalty peer={} why=crash seconds={}", source.text(), std::chrono::duration_cast<std::chrono::seconds>(config_.limits.crash_penalty).count());
     } else {
       pool_.clear();  // warm ones of the old zygote share its layout; without a broker they end
       fill_pool();
@@ -373,23 +496,88 @@ void Broker::worker_died(std::uint64_t token, int wait_status) {
 
 void Broker::reload() {
   spdlog::info("event=reload");
-  generation_++;
+  if (auto opened = audit_.open(); !opened) spdlog::error("event=audit_file_kept why={}", safe_quoted(opened.error().doing));
   if (auto nodes = provider_->reload(); !nodes)
     for (const auto& p : nodes.error()) spdlog::error("event=identity_problem kept=old problem={}", safe_quoted(p.text(), 1000));
-  if (auto loaded = load_policy(false); !loaded) spdlog::error("event=policy_kept file={} why={}", safe_quoted(config_.policy.file), safe_quoted(loaded.error().doing, 2000));
+  if (auto loaded = rules_.load(provider_->network(), false); !loaded)
+    spdlog::error("event=policy_kept file={} why={}", safe_quoted(config_.policy.file), safe_quoted(loaded.error().doing, 2000));
+  judge_again();
+}
+
+void Broker::policy_file_changed() {
+  if (stopping_ || !rules_.file_changed()) return;  // a SIGHUP was faster
+  spdlog::info("event=policy_file_changed file={}", safe_quoted(config_.policy.file));
+  if (auto loaded = rules_.load(provider_->network(), false); !loaded)
+    return spdlog::error("event=policy_kept file={} why={}", safe_quoted(config_.policy.file), safe_quoted(loaded.error().doing, 2000));
+  judge_again();
+}
+
+void Broker::network_changed() {
+  if (!serving_ || stopping_) return;
+  spdlog::debug("event=network_changed");
+  (void)update_listeners(false);
+  judge_again();
+}
+
+void Broker::judge_again() {
+  generation_++;
+  wait_for_expiry();
   re_evaluate();
 }
 
+void Broker::wait_for_expiry() {
+  expiry_.cancel();
+  const auto when = rules_.next_expiry(*provider_);
+  if (!when) return;
+  // Timers of a steady clock; a step of the wall clock is met by the hourly look.
+  const auto left = std::min<std::chrono::system_clock::duration>(*when - std::chrono::system_clock::now(), 1h);
+  expiry_.expires_after(std::max<std::chrono::system_clock::duration>(left, 0ms) + 1ms);
+  expiry_.async_wait([this](error_code ec) { if (!ec && !stopping_) judge_again(); });
+}
+
 void Broker::re_evaluate() {
-  std::vector<std::shared_ptr<Connection>> all;
-  for (const auto& [_, c] : connections_) all.push_back(c);
-  for (const auto& c : all) c->re_evaluate();
+  to_re_evaluate_.clear();
+  for (const auto& [_, c] : connections_) to_re_evaluate_.push_back(c);
+  if (std::exchange(re_evaluating_, true)) return;
+  re_evaluate_some();
+}
+
+std::chrono::milliseconds Broker::count_revocation() {
+  revoke_tokens_ -= 1;
+  const auto now = std::chrono::steady_clock::now();
+  cleared_up_ = std::max(cleared_up_, now - clear_up_time * static_cast<int>(revoked_at_once)) + clear_up_time;
+  if (cleared_up_ <= now) return {};
+  return clear_up_after + std::chrono::ceil<std::chrono::milliseconds>(cleared_up_ - now);
+}
+
+void Broker::re_evaluate_some() {
+  const auto now = std::chrono::steady_clock::now();
+  revoke_tokens_ = std::min(revoked_at_once, revoke_tokens_ + std::chrono::duration<double>(now - revoke_refilled_).count() * revoked_per_second);
+  revoke_refilled_ = now;
+  if (revoke_tokens_ < 0) {
+    revoke_pause_.expires_after(revoke_pause);
+    return revoke_pause_.async_wait([this](error_code ec) {
+      if (!ec) re_evaluate_some();
+    });
+  }
+  for (std::size_t i = 0; i < re_evaluated_at_once && !to_re_evaluate_.empty(); i++) {
+    const auto c = to_re_evaluate_.front().lock();
+    to_re_evaluate_.pop_front();
+    if (c) c->re_evaluate();
+  }
+  re_evaluating_ = !to_re_evaluate_.empty();
+  if (re_evaluating_) boost::asio::post(io_, [this] { re_evaluate_some(); });
 }
 
 void Broker::stop() {
   stopping_ = true;
   error_code ignored;
   for (auto& l : listeners_) l->socket.close(ignored);
+  policy_watch_.reset();
+  expiry_.cancel();
+  listen_again_.cancel();
+  revoke_pause_.cancel();
+  if (auto removed = takeover_.set({}); !removed) spdlog::error("event=takeover_not_removed why={}", safe_quoted(removed.error().doing, 1000));
   if (control_) control_->close(ignored);
   if (registrations_) registrations_->close(ignored);
   for (const auto& path : sockets_to_remove_) ::unlink(path.c_str());
@@ -549,9 +737,15 @@ std::string Broker::answer_control(const std::string& request) {
     json listening_list = json::array();
     for (const auto& e : listening()) listening_list.push_back(e.text());
     json keys = json::array();
-    for (std::size_t i = 0; i < keys_->count(); i++) keys.push_back({{"fingerprint", keys_->fingerprint(i)}, {"line", keys_->public_line(i)}});
-    return json{{"version", POSTERN_VERSION}, {"pid", ::getpid()}, {"listening", listening_list}, {"policy_version", policy_version_},
-                {"connections", connections_.size()}, {"warm_workers", pool_.size()}, {"host_keys", keys}}
+    static constexpr const char* uses[] = {"offered", "announced", "retired"};
+    for (std::size_t i = 0; i < keys_->count(); i++)
+      keys.push_back({{"fingerprint", keys_->fingerprint(i)}, {"line", keys_->public_line(i)}, {"bits", keys_->bits(i)}, {"use", uses[static_cast<std::size_t>(keys_->use(i))]},
+                      {"file", keys_->path(i)}});
+    json names = json::array();  // ours in the network
+    for (const auto& e : listening())
+      if (const Node* const node = self(e.address); node != nullptr && std::find(names.begin(), names.end(), node->name) == names.end()) names.push_back(node->name);
+    return json{{"version", POSTERN_VERSION}, {"pid", ::getpid()}, {"listening", listening_list}, {"names", names}, {"policy_version", rules_.version()},
+                {"connections", connections_.size()}, {"unauthenticated", unauthenticated_in_all_}, {"warm_workers", pool_.size()}, {"host_keys", keys}}
         .dump();
   }
   if (command == "ls") {
@@ -579,6 +773,10 @@ std::string Broker::answer_control(const std::string& request) {
       if (c->authenticated() && (all || c->id() == id)) hit.push_back(c);
     for (const auto& c : hit) c->revoke("This session was ended by the administrator.", "sessions kill");
     return json{{"killed", hit.size()}}.dump();
+  }
+  if (command == "rotate-host-keys") {
+    const auto done = rotate_keys(q.value("finish", json(false)) == json(true));
+    return done ? json{{"done", true}}.dump() : refuse(done.error().doing);
   }
   return refuse("unknown command");
 }

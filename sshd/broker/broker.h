@@ -1,10 +1,15 @@
 #pragma once
 
 #include "auth/identity/identity.h"
-#include "auth/policy/policy.h"
 #include "base/id.h"
+#include "sshd/broker/audit.h"
 #include "sshd/broker/config.h"
+#include "base/file_watch.h"
 #include "sshd/broker/host_keys.h"
+#include "sshd/broker/penalties.h"
+#include "sshd/broker/refusal.h"
+#include "sshd/broker/rules.h"
+#include "sshd/broker/takeover.h"
 #include "sshd/broker/zygote.h"
 #include "sshd/protocol/facts.h"
 
@@ -27,6 +32,9 @@
 namespace postern::sshd::broker {
 
 class Connection;
+
+/// The provider that the settings choose, not started yet.
+Expected<std::unique_ptr<auth::identity::Provider>, std::vector<Problem>> make_provider(boost::asio::io_context& io, const Config& config);
 
 /// The privileged half of the whole server: accepts, asks who is there, decides, hands sockets on, and remembers who is in.
 ///
@@ -51,10 +59,12 @@ class Broker {
   const Config& config() const { return config_; }
   HostKeys& keys() { return *keys_; }
   auth::identity::Provider& provider() { return *provider_; }
-  const auth::policy::Policy& policy() const { return *policy_; }
-  std::uint64_t policy_version() const { return policy_version_; }
-  /// Counts reloads of policy and nodes: what was decided under another number has to be asked again.
+  const Rules& rules() const { return rules_; }
+  /// Counts changes of rules and network: what was decided under another number has to be asked again.
   std::uint64_t generation() const { return generation_; }
+  Audit& audit() { return audit_; }
+  /// A connection is being ended: its end costs CPU time that those who log in now want as well. How long what is not urgent of it may wait.
+  std::chrono::milliseconds count_revocation();
   Zygote& net_zygote() { return *net_zygote_; }
   Zygote& session_zygote() { return *session_zygote_; }
   bool as_root() const { return as_root_; }
@@ -67,25 +77,49 @@ class Broker {
     std::unique_ptr<LocalSocket> socket;
     std::uint64_t token = 0;
   };
-  void no_longer_unauthenticated(const Address& source);
+  void no_longer_unauthenticated(const std::string& source);
+  /// A client that was not let in did this: its source, when it is not exempt, may have to stay away for a while.
+  void punish(const Address& peer, const std::string& source, Offence offence);
+  void forgive(const std::string& source) { penalties_.forgive(source); }
 
  private:
   struct Listener;
   struct ControlClient;
 
-  Expected<Done> load_policy(bool first);
-  Expected<Done> open_listeners();
+  void set_up(std::function<void(Expected<Done>)> ready);
+  /// The provider may answer something else than before.
+  void network_changed();
+  void policy_file_changed();
+  /// Everything that was decided may be another decision now.
+  void judge_again();
+  void wait_for_expiry();
+  Expected<Done> load_keys();
+  Expected<Done> rotate_keys(bool finish);
+  void set_patience(int fd) const;
+  void log_key(std::size_t i) const;
+  struct Wanted {
+    Endpoint dialled;  ///< by clients
+    Endpoint bound;    ///< by us: the same, but under a takeover
+    bool operator==(const Wanted&) const = default;
+  };
+  std::vector<Wanted> wanted_listeners() const;
+  /// Opens what is wanted and not there, closes what is no longer wanted. `first`: what cannot be opened is an error; later it is tried again.
+  Expected<Done> update_listeners(bool first);
+  Expected<Done> open_listener(const Wanted& wanted);
   Expected<Done> open_control();
   Expected<UniqueFd> local_listener(const std::string& path, int type);
-  void accept_clients(Listener& listener);
+  void accept_clients(const std::shared_ptr<Listener>& listener);
   void accepted(int fd, const Endpoint& local);
   void accept_control();
   void accept_registrations();
   void registration(UniqueFd socket);
   void fill_pool();
   void give_worker(std::shared_ptr<Connection> connection);
+  /// Of those that wait for a worker the first one of the source that has the fewest connections: one that sends hundreds waits for itself.
+  std::shared_ptr<Connection> next_in_line();
   void worker_died(std::uint64_t token, int wait_status);
   void re_evaluate();
+  void re_evaluate_some();
   void reap();
   std::string answer_control(const std::string& request);
   void adopt(std::shared_ptr<Connection> connection);
@@ -98,14 +132,20 @@ class Broker {
   bool stopping_ = false;
 
   std::unique_ptr<auth::identity::Provider> provider_;
-  std::optional<auth::policy::Policy> policy_;
-  std::uint64_t policy_version_ = 0;
+  Rules rules_;
+  Audit audit_;
+  std::unique_ptr<FileWatch> policy_watch_;
+  boost::asio::steady_timer expiry_;
   std::uint64_t generation_ = 0;
+  bool serving_ = false;  ///< the listeners are open
   std::unique_ptr<HostKeys> keys_;
+  net::ZygoteHello net_hello_;
   std::optional<Program> net_program_, session_program_;
   std::unique_ptr<Zygote> net_zygote_, session_zygote_;
 
-  std::vector<std::unique_ptr<Listener>> listeners_;
+  std::vector<std::shared_ptr<Listener>> listeners_;
+  boost::asio::steady_timer listen_again_, revoke_pause_;
+  Takeover takeover_;
   std::unique_ptr<boost::asio::posix::stream_descriptor> registrations_;
   std::unique_ptr<boost::asio::local::stream_protocol::acceptor> control_;
   boost::asio::steady_timer registrations_pause_, control_pause_;
@@ -115,11 +155,18 @@ class Broker {
   std::deque<Worker> pool_;
   std::size_t pool_asked_ = 0;
   std::deque<std::weak_ptr<Connection>> want_worker_;
-  std::map<std::uint64_t, Address> serving_;  // net zygote's token -> whom it serves
-  std::map<Address, std::chrono::steady_clock::time_point> penalties_;
-  std::map<Address, std::uint32_t> unauthenticated_;
+  std::map<std::uint64_t, Address> served_;  // net zygote's token -> whom it serves
+  Penalties penalties_;
+  LogLimit refusals_logged_{100, 10};
+  TurnedAway turned_away_;
+  std::map<std::string, std::uint32_t> unauthenticated_;  ///< by source_of()
   std::uint32_t unauthenticated_in_all_ = 0;
   std::map<const Connection*, std::shared_ptr<Connection>> connections_;
+  std::deque<std::weak_ptr<Connection>> to_re_evaluate_;
+  double revoke_tokens_ = 0;
+  std::chrono::steady_clock::time_point cleared_up_;
+  std::chrono::steady_clock::time_point revoke_refilled_;
+  bool re_evaluating_ = false;
   friend class Connection;
 };
 

@@ -1,11 +1,15 @@
 #pragma once
 
+#include "auth/identity/identity.h"
 #include "auth/policy/policy.h"
+#include "auth/policy/sources.h"
 #include "base/address.h"
 #include "base/expected.h"
 #include "base/node.h"
 #include "base/settings.h"
+#include "sshd/broker/penalties.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <string>
@@ -14,24 +18,38 @@
 
 namespace postern::sshd::broker {
 
+enum class PolicySource { file, grants, tailnet };
+
 /// posternd.toml, read and checked. docs/SETTINGS.md says what each key means.
 struct Config {
   struct Listen {
-    std::vector<Endpoint> addresses;
+    std::vector<Endpoint> addresses;  ///< empty: those that the network gave this machine
+    std::uint16_t port = 22;          ///< for those
+    std::string takeover = "none";    ///< "nft"
+    std::uint16_t takeover_port = 22022;
+    std::string nft = "/usr/sbin/nft";
   } listen;
   struct Policy {
+    std::vector<PolicySource> source{PolicySource::file};  ///< all must allow
+    bool has(PolicySource s) const { return std::find(source.begin(), source.end(), s) != source.end(); }
     std::string file = "/etc/postern/policy.hujson";
+    bool watch = true;
+    std::string login_capability{auth::policy::default_login_capability};
+    std::chrono::seconds tailnet_check_period = std::chrono::hours{12};
     bool require_network_rule = true;
     std::string session_capability{auth::policy::default_session_capability};
     std::vector<std::string> domains;
   } policy;
   auth::policy::SessionRules session_rules;  ///< of every session on this host
   struct Identity {
-    std::string provider = "static";
+    std::string provider = "static";  ///< "tailscaled", "wireguard"
     std::string file = "/etc/postern/nodes.toml";
   } identity;
+  auth::identity::TailscaledSettings tailscaled;
+  auth::identity::WireguardSettings wireguard;
   struct HostKeys {
     std::string dir = "/var/lib/postern/host-keys";
+    std::vector<std::string> files;  ///< in place of dir
   } host_keys;
   struct Programs {
     std::string dir;
@@ -59,6 +77,7 @@ struct Config {
   struct Session {
     std::string sftp_server = "/usr/lib/openssh/sftp-server";
     std::chrono::seconds orphan_limit{300};
+    std::string on_disconnect = "hangup";  ///< "kill"
   } session;
   struct Forwarding {
     std::string gateway_ports = "no";  ///< "clientspecified"
@@ -76,12 +95,28 @@ struct Config {
     std::uint32_t connections = 10'000;
     std::uint32_t warm_workers = 4;
     std::chrono::milliseconds crash_penalty{60'000};
+    Penalties::Terms penalties;
+    std::vector<Prefix> penalty_exempt;
+    std::uint32_t bytes_before_login = 128 * 1024;
+    std::uint32_t packets_before_login = 500;
   } limits;
   struct Log {
     std::string level = "info";
   } log;
+  struct Audit {
+    std::string file;     ///< JSON lines; empty: none
+    std::string journal_socket = "/run/systemd/journal/socket";  ///< fields, to journald, where it is; empty: none
+    bool auditd = true;   ///< the kernel's audit, where it is
+  } audit;
   struct Ssh {
+    std::string algorithms = "compatible";  ///< or "strict"
     std::string version_string = "OpenSSH_9.9_Postern_0.1";  ///< clients look for OpenSSH and its number: docs/CLIENTS.md
+    std::chrono::milliseconds tcp_keepalive{60'000};      ///< 0: off
+    std::chrono::milliseconds tcp_user_timeout{900'000};  ///< 0: the kernel's
+    std::chrono::milliseconds client_alive_interval{0};   ///< 0: off
+    std::uint32_t client_alive_count_max = 3;
+    std::uint64_t rekey_bytes = 0;           ///< 0 = the cipher's own limit alone
+    std::chrono::milliseconds rekey_interval{0};  ///< 0 = never for time alone
   } ssh;
 };
 

@@ -2,6 +2,7 @@
 
 #include "base/log.h"
 #include "sshd/broker/processes.h"
+#include "sshd/broker/refusal.h"
 #include "sshd/broker/session_rules.h"
 #include "sshd/protocol/net.h"
 #include "sshd/protocol/session.h"
@@ -25,7 +26,7 @@ namespace {
 using namespace std::chrono_literals;
 
 // Time between the text of a revocation and the end of the bytes, and what a session then has to end its programs.
-constexpr auto revoke_text_time = 200ms;
+constexpr auto revoke_text_time = 800ms;  // the session's own is shorter
 constexpr auto revoke_tree_time = 2s;
 // A refused client gets this long to read why (closing at once shows it "Connection reset").
 constexpr auto refusal_drain_time = 1s;
@@ -37,28 +38,6 @@ static_assert(auth::policy::most_accept_env == max_accept_env);
 static_assert(auth::policy::longest_accept_env == sizeof(decltype(ConnectionFacts::accept_env)::value_type{}.text));
 // What a worker may tell the log, in one connection.
 constexpr unsigned most_notes = 32;
-
-void put_u32(std::string& out, std::uint32_t n) {
-  for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(n >> shift & 0xff);
-}
-
-// Identification line and SSH_MSG_DISCONNECT (RFC 4253 sections 4.2, 6, 11.1), unencrypted: made without reading a byte.
-std::string refusal(const std::string& version, std::string_view reason) {
-  std::string payload;
-  payload += static_cast<char>(1);  // SSH_MSG_DISCONNECT
-  put_u32(payload, 1);              // SSH_DISCONNECT_HOST_NOT_ALLOWED_TO_CONNECT
-  put_u32(payload, static_cast<std::uint32_t>(reason.size()));
-  payload += reason;
-  put_u32(payload, 0);
-  std::size_t padding = 8 - (5 + payload.size()) % 8;
-  if (padding < 4) padding += 8;
-  std::string out = "SSH-2.0-" + version + "\r\n";
-  put_u32(out, static_cast<std::uint32_t>(1 + payload.size() + padding));
-  out += static_cast<char>(padding);
-  out += payload;
-  out.append(padding, '\0');
-  return out;
-}
 
 int pidfd_signal(int pidfd, int signal) { return static_cast<int>(::syscall(SYS_pidfd_send_signal, pidfd, signal, nullptr, 0)); }
 
@@ -78,6 +57,17 @@ std::vector<std::string> split(std::string_view text) {
   return out;
 }
 
+/// For the client: what the provider has to say, or that it says nothing now.
+std::string sentence_of(const Error& error) {
+  return error.user_message.empty() ? "this server cannot learn who you are right now; try again later" : error.user_message;
+}
+
+// Denials that the client earned by what it asked for. All others are ours: no identity now, no resources, a policy that has just changed.
+bool is_an_answer(std::string_view why) {
+  return why == "policy" || why == "invalid_user_name" || why == "no_such_account" || why == "account_has_another_name" || why == "account" ||
+         why == "identity_refused";
+}
+
 // What the policy says of recording, in the form that is compared when the policy or the network changes.
 struct RecordingTerms {
   bool record, enforce;
@@ -87,8 +77,8 @@ struct RecordingTerms {
 
 }  // namespace
 
-Connection::Connection(Broker& broker, UniqueFd client, Endpoint peer, Endpoint local)
-    : broker_{broker}, client_{std::move(client)}, peer_{peer}, local_{local}, grace_{broker.io()}, end_timer_{broker.io()} {
+Connection::Connection(Broker& broker, UniqueFd client, Endpoint peer, Endpoint local, std::string source)
+    : broker_{broker}, client_{std::move(client)}, peer_{peer}, local_{local}, counted_as_{std::move(source)}, grace_{broker.io()}, end_timer_{broker.io()} {
   const Id id = Id::random();
   facts_.connection_id = id.bytes;
   id_ = id.text();
@@ -124,23 +114,29 @@ void Connection::start() {
     if (!ec && !self->authenticated()) self->break_off("login grace time is over");
   });
   generation_ = broker_.generation();
-  broker_.provider().who_is(peer_.address, [self = shared_from_this()](auto answer) { self->identified(std::move(answer)); });
+  broker_.provider().who_is(peer_, [self = shared_from_this()](auto answer) { self->identified(std::move(answer)); });
 }
 
 void Connection::identified(Expected<std::optional<Node>> answer) {
   if (phase_ != Phase::identifying || done_) return;
   if (!answer) {
-    spdlog::warn("event=login verdict=deny connection={} peer={} why=identity_unavailable detail={}", id_, peer_.address.text(),
+    const bool known = answer.error().code != EAGAIN;
+    spdlog::warn("event=login verdict=deny connection={} peer={} why={} detail={}", id_, peer_.address.text(), known ? "identity_refused" : "identity_unavailable",
                  safe_quoted(answer.error().doing));
-    return refuse_unidentified("this server cannot learn who you are right now; try again later");
+    tell("login", "deny", known ? "identity_refused" : "identity_unavailable");
+    if (known) punish(Offence::auth_failed);
+    return refuse_unidentified(sentence_of(answer.error()));
   }
   if (!*answer) {
     spdlog::info("event=login verdict=deny connection={} peer={} why=no_identity", id_, peer_.address.text());
+    tell("login", "deny", "no_identity");
+    punish(Offence::no_auth);
     return refuse_unidentified("this network does not know " + peer_.address.text());
   }
   source_ = std::move(**answer);
   if (broker_.self(local_.address) == nullptr) {
     spdlog::error("event=login verdict=deny connection={} why=server_address_unknown server={}", id_, local_.address.text());
+    tell("login", "deny", "server_address_unknown");
     return refuse_unidentified("the network does not know this server's address");
   }
   phase_ = Phase::handshake;
@@ -190,8 +186,14 @@ void Connection::serve(Broker::Worker worker) {
   net::Serve serve;
   serve.login_grace_ms = static_cast<std::uint32_t>(broker_.config().limits.login_grace_time.count());
   serve.max_auth_attempts = broker_.config().limits.auth_attempts;
+  serve.max_bytes = broker_.config().limits.bytes_before_login;
+  serve.max_packets = broker_.config().limits.packets_before_login;
   (void)serve.peer_address.set(peer_.address.text());
   serve.peer_port = peer_.port;
+  serve.client_alive_interval_ms = static_cast<std::uint32_t>(broker_.config().ssh.client_alive_interval.count());
+  serve.client_alive_count_max = broker_.config().ssh.client_alive_count_max;
+  serve.rekey_bytes = broker_.config().ssh.rekey_bytes;
+  serve.rekey_seconds = static_cast<std::uint32_t>(broker_.config().ssh.rekey_interval / std::chrono::seconds{1});
   std::vector<UniqueFd> fds;
   fds.push_back(std::move(client_));
   net_->send(static_cast<std::uint16_t>(net::Type::serve), serve, std::move(fds));
@@ -235,10 +237,10 @@ void Connection::on_net(Message message) {
   if (type == net::Type::ask_sign && phase_ == Phase::handshake) {
     const auto ask = message.body<net::AskSign>();
     // One before the verdict: that hash is the session id. There is no second key exchange before a login.
-    if (!ask || signed_once_ || !ask->data.valid() || !HostKeys::may_sign(ask->data.get())) return break_off("net asked for a signature it may not have");
+    if (!ask || signed_once_ || ask->purpose != net::Purpose::exchange_hash || !ask->data.valid() || !HostKeys::may_sign(ask->data.get())) return break_off("net asked for a signature it may not have");
     signed_once_ = true;
     (void)facts_.exchange_hash.set(ask->data.get());
-    broker_.keys().sign(*ask, broker_.io().get_executor(), [weak = weak_from_this()](const std::string& blob) {
+    broker_.keys().sign(*ask, {}, broker_.io().get_executor(), [weak = weak_from_this()](const std::string& blob) {
       const auto self = weak.lock();
       if (!self || !self->net_) return;
       net::Signature answer;
@@ -259,19 +261,23 @@ void Connection::on_net(Message message) {
   break_off("net sent message " + std::to_string(message.type) + " out of order");
 }
 
-auth::policy::Verdict Connection::decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const {
-  return broker_.policy().decide(broker_.provider().network(),
-                                 {.source = source, .source_address = peer_.address, .destination = destination, .ssh_user = ssh_user_, .uid = uid, .destination_address = local_.address},
-                                 broker_.config().policy.require_network_rule);
+Address Connection::address_in_network(const Node& node) const {
+  const auto& all = node.addresses;
+  return all.empty() || std::find(all.begin(), all.end(), peer_.address) != all.end() ? peer_.address : all.front();
+}
+
+Rules::Decision Connection::decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const {
+  return broker_.rules().decide(broker_.provider(),
+                                {.source = source, .source_address = address_in_network(source), .destination = destination, .ssh_user = ssh_user_, .uid = uid, .destination_address = local_.address});
 }
 
 void Connection::when_still_the_same(std::function<void()> go_on) {
   const auto now = broker_.generation();
   if (generation_ == now) return go_on();
   // A reload since then: what it changed holds for this login, too.
-  broker_.provider().who_is(peer_.address, [self = shared_from_this(), go_on = std::move(go_on), now](Expected<std::optional<Node>> answer) {
+  broker_.provider().who_is(peer_, [self = shared_from_this(), go_on = std::move(go_on), now](Expected<std::optional<Node>> answer) {
     if (self->done_ || self->phase_ == Phase::ending) return;
-    if (!answer) return self->deny("this server cannot learn who you are right now; try again later", "identity_unavailable");
+    if (!answer) return self->deny(sentence_of(answer.error()), answer.error().code != EAGAIN ? "identity_refused" : "identity_unavailable");
     if (!*answer) return self->deny("this network does not know " + self->peer_.address.text(), "no_identity");
     const Node& node = **answer;
     if (node.id != self->source_.id || node.login != self->source_.login || node.tags != self->source_.tags)
@@ -282,8 +288,14 @@ void Connection::when_still_the_same(std::function<void()> go_on) {
   });
 }
 
-bool Connection::let_in() {
+bool Connection::let_in(Rules::Decision decision) {
   using auth::policy::Outcome;
+  verdict_ = std::move(decision.verdict);
+  if (!decision.problem.empty()) spdlog::warn("event=rules_unreadable connection={} node={} problem={}", id_, safe_quoted(source_.name), safe_quoted(decision.problem, 1000));
+  if (!decision.unavailable.empty()) {
+    deny(decision.unavailable, "rules_unavailable");
+    return false;
+  }
   if (verdict_.outcome == Outcome::check) {
     deny("this login needs a check of your identity, which this server cannot ask for yet; ask the administrator", "check_not_available");
     return false;
@@ -311,8 +323,7 @@ void Connection::login() {
   if (!auth::policy::is_mappable_user_name(ssh_user_))
     return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ssh_user_ == std::string(1, '\0') ? "" : ssh_user_), "invalid_user_name");
   if (destination == nullptr) return deny("the network does not know this server's address", "server_address_unknown");
-  verdict_ = decide(source_, *destination, std::nullopt);
-  if (!let_in()) return;
+  if (!let_in(decide(source_, *destination, std::nullopt))) return;
   // Phase 1 found a candidate; only now is anything started for this peer.
   auto pair = seqpacket_pair();
   if (!pair) return deny("this server is out of resources; try again later", pair.error().doing);
@@ -386,6 +397,7 @@ void Connection::on_session(Message message) {
       break;
     case session::Type::ask_sign:
       if (const auto ask = message.body<net::AskSign>(); ask && ask->data.valid() && authenticated()) {
+        spdlog::debug("event={} connection={}", ask->purpose == net::Purpose::possession ? "host_key_proof" : "rekey", id_);
         const auto now = std::chrono::steady_clock::now();
         sign_tokens_ = std::min(sign_bucket, sign_tokens_ + std::chrono::duration<double>(now - sign_refilled_).count() * sign_per_second);
         sign_refilled_ = now;
@@ -401,11 +413,11 @@ void Connection::on_session(Message message) {
           return answer({});
         }
         sign_tokens_ -= 1;
-        if (sign_tokens_ >= 0) return broker_.keys().sign(*ask, broker_.io().get_executor(), answer);
+        if (sign_tokens_ >= 0) return broker_.keys().sign(*ask, facts_.exchange_hash.get(), broker_.io().get_executor(), answer);
         const auto later = std::make_shared<boost::asio::steady_timer>(broker_.io(), std::chrono::milliseconds{static_cast<int>(-sign_tokens_ / sign_per_second * 1000)});
         later->async_wait([later, weak = weak_from_this(), request = *ask, answer](boost::system::error_code ec) {
           const auto self = weak.lock();
-          if (!ec && self && !self->done_) self->broker_.keys().sign(request, self->broker_.io().get_executor(), answer);
+          if (!ec && self && !self->done_) self->broker_.keys().sign(request, self->facts_.exchange_hash.get(), self->broker_.io().get_executor(), answer);
         });
         return;
       }
@@ -437,8 +449,7 @@ void Connection::found(const session::User& user) {
   if (user.name.get() != verdict_.local_user) return deny(auth::policy::denial_text(auth::policy::Denial::user_not_permitted, ssh_user_), "account_has_another_name");
   if (destination == nullptr) return deny("the network does not know this server's address", "server_address_unknown");
   // As an ordinary user "uid 0" reads as "the uid that runs posternd", and only that uid can log in.
-  verdict_ = decide(source_, *destination, user.uid);
-  if (!let_in()) return;
+  if (!let_in(decide(source_, *destination, user.uid))) return;
 
   const Config& c = broker_.config();
   bool fits = facts_.peer_address.set(peer_.address.text()) && facts_.server_address.set(local_.address.text()) && facts_.node_id.set(source_.id) &&
@@ -449,7 +460,7 @@ void Connection::found(const session::User& user) {
               facts_.pam_confdir.set(c.pam.confdir) && facts_.sftp_server.set(c.session.sftp_server) && verdict_.accept_env.size() <= max_accept_env &&
               write_rules(rules_, facts_.rules) && write_forwarding(rules_, verdict_.enforce_recorder, facts_.forwarding) && facts_.xauth.set(c.forwarding.xauth);
   facts_.accepted_at = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
-  facts_.policy_version = broker_.policy_version();
+  facts_.policy_version = broker_.rules().version();
   facts_.peer_port = peer_.port;
   facts_.server_port = local_.port;
   facts_.uid = user.uid;
@@ -467,6 +478,7 @@ void Connection::found(const session::User& user) {
   facts_.unlink_sockets = c.forwarding.unlink_sockets;
   facts_.forwards_per_connection = c.limits.forwards_per_connection;
   facts_.forward_connect_ms = static_cast<std::uint32_t>(c.forwarding.connect_timeout.count());
+  facts_.kill_on_disconnect = c.session.on_disconnect == "kill" ? 1 : 0;
   facts_.orphan_limit_seconds = static_cast<std::uint32_t>(c.session.orphan_limit.count());
   facts_.recorder_grace_ms = static_cast<std::uint32_t>(c.recorder.grace.count());
   facts_.recorder_start_ms = static_cast<std::uint32_t>(c.recorder.start_timeout.count());
@@ -504,12 +516,14 @@ void Connection::accept() {
   phase_ = Phase::live;
   grace_.cancel();
   uncount();
+  broker_.forgive(counted_as_);
   const auto took = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - accepted_at_).count();
   std::string rules;  // names only: a forced command is a command line
   for (const auto& [name, value] : rules_.members()) rules += (rules.empty() ? "" : ",") + name;
   spdlog::info("event=login verdict=accept connection={} peer={} node={} user={} tags={} ssh_user={} local_user={} rule={} record={} enforce={} session_rules={} client={} us={}", id_,
                peer_.text(), safe_quoted(source_.name), safe_quoted(source_.login), safe_quoted(join(source_.tags)), safe_quoted(ssh_user_), safe_quoted(verdict_.local_user),
                safe_quoted(verdict_.rule.text()), verdict_.record, verdict_.enforce_recorder, rules, safe_quoted(client_version_), took);
+  tell("login", "accept", {});
   net::Verdict verdict;
   verdict.accepted = 1;
   std::vector<UniqueFd> fds;
@@ -522,6 +536,8 @@ void Connection::accept() {
 void Connection::deny(const std::string& text, const std::string& why) {
   spdlog::info("event=login verdict=deny connection={} peer={} node={} user={} tags={} ssh_user={} why={} client={}", id_, peer_.text(), safe_quoted(source_.name),
                safe_quoted(source_.login), safe_quoted(join(source_.tags)), safe_quoted(ssh_user_), safe_quoted(why), safe_quoted(client_version_));
+  tell("login", "deny", why);
+  if (is_an_answer(why)) punish(Offence::auth_failed);
   if (session_ && session_ready_) {
     // It has opened PAM's session by now: it ends as a revoked one does.
     session::Revoke body;
@@ -543,6 +559,9 @@ void Connection::deny(const std::string& text, const std::string& why) {
 
 void Connection::break_off(const std::string& why) {
   if (done_) return;
+  // Not said by net, which may lie about its client: known here is that the question never came.
+  if (phase_ == Phase::handshake && ssh_user_.empty())
+    punish(std::chrono::steady_clock::now() - accepted_at_ < broker_.config().limits.login_grace_time ? Offence::no_auth : Offence::grace_exceeded);
   if (phase_ != Phase::ending) spdlog::info("event=connection_ended connection={} peer={} phase={} why={}", id_, peer_.text(), static_cast<int>(phase_), safe_quoted(why));
   if (granted_) return revoke("The connection was ended by the server.", why);
   kill_net();
@@ -559,15 +578,18 @@ void Connection::revoke(const std::string& text, const std::string& why) {
   if (!granted_) return break_off(why);
   spdlog::info("event=revoked connection={} peer={} node={} local_user={} why={}", id_, peer_.text(), safe_quoted(facts_.node_name.get()),
                safe_quoted(facts_.local_user.get()), safe_quoted(why));
+  tell("revoked", "", why);
   phase_ = Phase::ending;
   session::Revoke body;
+  const auto clear_up = broker_.count_revocation();
+  body.clear_up_ms = static_cast<std::uint32_t>(clear_up.count());
   (void)body.text.set(text);
   session_->send(static_cast<std::uint16_t>(session::Type::revoke), body);
   end_timer_.expires_after(revoke_text_time);
-  end_timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+  end_timer_.async_wait([self = shared_from_this(), clear_up](boost::system::error_code ec) {
     if (ec || self->done_) return;
     self->kill_net();
-    self->end_timer_.expires_after(revoke_tree_time + 1s);
+    self->end_timer_.expires_after(revoke_tree_time + clear_up + 1s);
     self->end_timer_.async_wait([self](boost::system::error_code again) {
       if (again || self->done_) return;
       spdlog::error("event=session_killed connection={} why=it_did_not_end_its_programs", self->id_);
@@ -578,9 +600,10 @@ void Connection::revoke(const std::string& text, const std::string& why) {
 
 void Connection::re_evaluate() {
   if (done_ || !granted_ || phase_ != Phase::live) return;
-  broker_.provider().who_is(peer_.address, [self = shared_from_this()](Expected<std::optional<Node>> answer) {
+  broker_.provider().who_is(peer_, [self = shared_from_this()](Expected<std::optional<Node>> answer) {
     if (self->done_ || self->phase_ != Phase::live) return;
-    if (!answer) return;  // the provider cannot say now: live sessions go on
+    if (!answer && answer.error().code == EAGAIN) return;  // the provider cannot say now: live sessions go on
+    if (!answer) return self->revoke("Access revoked.", "the network no longer stands for it: " + answer.error().doing);
     if (!*answer) return self->revoke("Access revoked.", "the network no longer knows this address");
     if (const std::string why = self->difference(**answer); !why.empty()) self->revoke("Access revoked.", why);
   });
@@ -591,7 +614,9 @@ std::string Connection::difference(const Node& node) const {
   if (node.id != f.node_id.get() || node.login != f.login.get() || node.tags != split(f.tags.get())) return "another node, user or tags at this address";
   const Node* destination = broker_.self(local_.address);
   if (destination == nullptr || destination->id != f.server_node_id.get()) return "this server's node changed";
-  const auto verdict = decide(node, *destination, f.uid);
+  const auto decision = decide(node, *destination, f.uid);
+  if (!decision.unavailable.empty()) return {};  // a source cannot say now: live sessions go on
+  const auto& verdict = decision.verdict;
   if (verdict.outcome != auth::policy::Outcome::accept) return "the policy no longer allows it";
   if (verdict.local_user != f.local_user.get()) return "the policy maps to another account";
   const RecordingTerms now{verdict.record, verdict.enforce_recorder, verdict.recorder_tag};
@@ -625,7 +650,30 @@ void Connection::abandon() {
 }
 
 void Connection::uncount() {
-  if (std::exchange(counted_, false)) broker_.no_longer_unauthenticated(peer_.address);
+  if (std::exchange(counted_, false)) broker_.no_longer_unauthenticated(counted_as_);
+}
+
+void Connection::punish(Offence offence) { broker_.punish(peer_.address, counted_as_, offence); }
+
+void Connection::tell(const char* event, const char* verdict, const std::string& why) {
+  const auto text = [](const auto& fact) { return std::string{fact.get()}; };
+  const bool sealed = granted_;  // then the facts say it, also for a session of an earlier broker
+  const std::string ssh_user = ssh_user_ == std::string(1, '\0') ? std::string{} : ssh_user_;
+  broker_.audit().tell(event, {{"verdict", verdict},
+                               {"why", why},
+                               {"connection", id_},
+                               {"peer", peer_.text()},
+                               {"server", local_.text()},
+                               {"node", sealed ? text(facts_.node_name) : source_.name},
+                               {"node_id", sealed ? text(facts_.node_id) : source_.id},
+                               {"user", sealed ? text(facts_.login) : source_.login},
+                               {"tags", sealed ? text(facts_.tags) : join(source_.tags)},
+                               {"ssh_user", ssh_user},
+                               {"local_user", sealed ? text(facts_.local_user) : verdict_.local_user},
+                               {"rule", sealed ? text(facts_.rule) : verdict_.rule.line > 0 ? verdict_.rule.text() : std::string{}},
+                               {"recorded", sealed && facts_.record != 0 ? "yes" : ""},
+                               {"client", client_version_}});
+  if (std::string_view{event} == "login") broker_.audit().user_login(sealed ? text(facts_.local_user) : ssh_user, peer_.address.text(), sealed);
 }
 
 void Connection::over() {
@@ -643,6 +691,7 @@ void Connection::over() {
   if (granted_) {
     const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now() - accepted_at_).count();
     spdlog::info("event=connection_closed connection={} peer={} local_user={} seconds={}", id_, peer_.text(), safe_quoted(facts_.local_user.get()), seconds);
+    tell("closed", "", {});
   }
   broker_.remove(this);
 }

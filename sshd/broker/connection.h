@@ -19,7 +19,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
  public:
   enum class Phase { identifying, handshake, looking_up, opening, live, ending };
 
-  Connection(Broker& broker, UniqueFd client, Endpoint peer, Endpoint local);
+  /// `source`: whom it counts for (source_of).
+  Connection(Broker& broker, UniqueFd client, Endpoint peer, Endpoint local, std::string source);
   /// One that a session of an earlier broker brought back.
   Connection(Broker& broker, const ConnectionFacts& facts, std::unique_ptr<LocalSocket> session, UniqueFd session_pidfd, UniqueFd net_pidfd);
   ~Connection();
@@ -41,6 +42,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Phase phase() const { return phase_; }
   bool authenticated() const { return phase_ == Phase::live || phase_ == Phase::ending; }
   const Endpoint& peer() const { return peer_; }
+  const std::string& counted_as() const { return counted_as_; }
   const ConnectionFacts& facts() const { return facts_; }
   const std::string& id() const { return id_; }
   std::uint32_t channels() const { return channels_; }
@@ -73,14 +75,20 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void net_ended();
   void session_ended();
   void uncount();
+  void punish(Offence offence);
+  /// What was decided of this connection, for the audit.
+  void tell(const char* event, const char* verdict, const std::string& why);
   void over();
-  /// True when `verdict_` lets the peer in and its rules (then in `rules_`) can be obeyed; else it was denied.
-  bool let_in();
-  auth::policy::Verdict decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const;
+  /// True when `decision` lets the peer in (then in `verdict_`) and its rules (then in `rules_`) can be obeyed; else it was denied.
+  bool let_in(Rules::Decision decision);
+  /// The kernel's, or the node's own where the network is behind a proxy (userspace networking).
+  Address address_in_network(const Node& node) const;
+  Rules::Decision decide(const Node& source, const Node& destination, std::optional<std::uint32_t> uid) const;
 
   Broker& broker_;
   UniqueFd client_;
   Endpoint peer_, local_;
+  std::string counted_as_;
   Phase phase_ = Phase::identifying;
   std::string id_;
   Node source_;

@@ -8,6 +8,8 @@
 #include "sshd/broker/broker.h"
 #include "sshd/broker/session_rules.h"
 
+#include "libssh_text.h"
+
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/signal_set.hpp>
 
@@ -36,7 +38,7 @@ int main(int argc, char** argv) {
   using namespace postern::sshd::broker;
 
   const auto read = read_daemon_options(argc, argv, "posternd: an SSH server for identity networks", "/etc/postern/posternd.toml", "docs/SETTINGS.md",
-                                        "posternd " POSTERN_VERSION " (libssh " POSTERN_LIBSSH_MODE ")");
+                                        "posternd " POSTERN_VERSION " (" POSTERN_LIBSSH_TEXT ")");
   if (const int* status = std::get_if<int>(&read)) return *status;
   const auto& options = std::get<DaemonOptions>(read);
   // What we were started with is nobody else's business: programs that we start get what they are given.
@@ -51,23 +53,27 @@ int main(int argc, char** argv) {
   if (!config) return print_problems(config.error());
   if (options.check) {
     std::vector<Problem> problems;
-    const auto provider = auth::identity::make_static_provider(config->identity.file);
+    boost::asio::io_context unused;
+    const auto provider = make_provider(unused, *config);
+    const bool known = provider && config->identity.provider == "static";  // the others ask a daemon, which is not ours to ask now
     if (!provider) {
       problems = provider.error();
-    } else {
+    } else if (known) {
       // Of one node, and its logins are denied: the others need not wait for it.
       for (const auto& node : (*provider)->network().nodes)
         if (const auto rules = effective_rules({}, node, *config); !rules)
           std::cerr << "warning: " << config->identity.file << ": node " << safe_quoted(node.name) << " cannot log in: " << rules.error().doing << "\n";
     }
-    const auto policy_text = read_whole_file(config->policy.file, auth::policy::hujson::max_file_bytes);
-    if (!policy_text) {
-      problems.push_back({{config->policy.file, 1, 1}, "", policy_text.error().doing, ""});
-    } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file, load_options(*config)); !policy) {
-      problems.insert(problems.end(), policy.error().begin(), policy.error().end());
-    } else {
-      for (const auto& w : policy->warnings()) std::cerr << "warning: " << w.text() << "\n";
-      if (provider) problems = policy->run_tests((*provider)->network(), false).failed;
+    if (config->policy.has(PolicySource::file)) {
+      const auto policy_text = read_whole_file(config->policy.file, auth::policy::hujson::max_file_bytes);
+      if (!policy_text) {
+        problems.push_back({{config->policy.file, 1, 1}, "", policy_text.error().doing, ""});
+      } else if (auto policy = auth::policy::Policy::load(*policy_text, config->policy.file, load_options(*config)); !policy) {
+        problems.insert(problems.end(), policy.error().begin(), policy.error().end());
+      } else {
+        for (const auto& w : policy->warnings()) std::cerr << "warning: " << w.text() << "\n";
+        if (known) problems = policy->run_tests((*provider)->network(), false).failed;
+      }
     }
     if (!problems.empty()) return print_problems(problems);
     std::cout << options.config << ": fine\n";

@@ -70,6 +70,11 @@ class Zygote {
   std::uint64_t fork(UniqueFd socket, OnForked forked);
   /// A worker crashed: replace the zygote before the next fork. False when that was done less than replace_interval ago.
   bool replace_after_crash();
+  /// From the next fork on one that got `hello` runs.
+  void replace(std::vector<std::byte> hello) {
+    hello_ = std::move(hello);
+    stale_ = true;
+  }
 
   pid_t pid() const noexcept { return now_ ? now_->pid : -1; }
 

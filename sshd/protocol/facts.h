@@ -49,7 +49,7 @@ struct ConnectionFacts {
   FixedText<128> recorder_tag;   ///< the rule's; a node that joins or leaves under it changes nothing
   std::uint8_t record = 0;            ///< 1: sessions are recorded
   std::uint8_t enforce_recorder = 0;  ///< 1: no recording, no session (fail closed)
-  std::uint8_t spare1 = 0;
+  std::uint8_t kill_on_disconnect = 0;  ///< 1: what a connection started ends with it, `setsid` and `nohup` or not
   std::uint8_t spare2 = 0;
   std::uint32_t recorder_count = 0;
   std::array<FixedText<64>, max_recorders> recorders;  ///< "127.0.2.1:80", "[fd7a::1]:80", in the order of choice

@@ -37,12 +37,13 @@ constexpr std::array signal_names{SignalName{"ABRT", SIGABRT}, SignalName{"ALRM"
 struct PipeEnds {
   UniqueFd read, write;
 };
-bool make_pipe(PipeEnds& p) {
+/// `large`: for bulk. Of pipe_size even an empty one takes 10 KiB of kernel memory (40 bytes a page, pipe(7)).
+bool make_pipe(PipeEnds& p, bool large = true) {
   int fds[2];
   if (::pipe2(fds, O_CLOEXEC) != 0) return false;
   p.read.reset(fds[0]);
   p.write.reset(fds[1]);
-  ::fcntl(fds[1], F_SETPIPE_SZ, pipe_size);  // where the limit is lower the default has to do
+  if (large) ::fcntl(fds[1], F_SETPIPE_SZ, pipe_size);  // where the limit is lower the default has to do
   return true;
 }
 void no_blocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
@@ -63,10 +64,10 @@ std::string clean_term(std::string_view term) {
   return good ? std::string{term} : std::string{};
 }
 
-/// Where all programs' output passes through; one at a time, the process is single-threaded.
+/// Where all programs' output passes through; one at a time, the process is single-threaded. Never zeroed: its pages come as output needs them.
 std::span<std::byte> scratch() {
-  static std::vector<std::byte> buffer(largest_read);
-  return buffer;
+  static const std::unique_ptr<std::byte[]> buffer{new std::byte[largest_read]};
+  return {buffer.get(), largest_read};
 }
 
 }  // namespace
@@ -213,7 +214,7 @@ void SessionChannel::refuse_unrecorded() {
   host_.event("session_refused", "channel=" + std::to_string(number_) + " reason=no_recorder recording=" + tee_->id().text());
   // Ordinary descriptors, so that the line takes the way that a program's output takes: stderr, or the terminal's one stream.
   PipeEnds in, out, err;
-  if (!make_pipe(in) || !make_pipe(out) || !make_pipe(err)) {
+  if (!make_pipe(in) || !make_pipe(out) || !make_pipe(err, false)) {
     answer(false);
   } else {
     const std::string line = std::string{no_recorder_line} + "\r\n";
@@ -246,6 +247,7 @@ void SessionChannel::lose_recorder(std::string_view line) {
   tee_->cut_off(terminal_ ? 'o' : 'e', line);
   stop_reading('o');
   stop_reading('e');
+  close_terminal();
   close_input();
   if (reaped_) try_report_exit();
 }
@@ -283,7 +285,11 @@ bool SessionChannel::make_descriptors(pty::Launch& launch, std::vector<UniqueFd>
     return true;
   }
   PipeEnds in, out, err;
-  if (!make_pipe(in) || !make_pipe(out) || !make_pipe(err)) return false;
+  if (!make_pipe(in) || !make_pipe(out) || !make_pipe(err, false)) return false;
+  // The user's, as under sshd, which makes them as the user: who opens /dev/stdin, /dev/stdout or /dev/stderr opens the pipe anew (proc(5)),
+  // and is asked for its owner's rights.
+  for (const PipeEnds* const pipe : {&in, &out, &err})
+    if (::fchown(pipe->read.get(), host_.user.uid, host_.user.gid) != 0 && ::geteuid() == 0) return false;
   if (kind_ == ch::StartKind::subsystem && !original_command_) ::fcntl(in.write.get(), F_SETPIPE_SZ, sftp_input_pipe_size);
   launch.input = in.read.get();
   launch.output = out.write.get();
@@ -291,7 +297,7 @@ bool SessionChannel::make_descriptors(pty::Launch& launch, std::vector<UniqueFd>
   started.input = started.output = started.error = 1;
   if (records_input()) {
     PipeEnds typed;
-    if (!make_pipe(typed)) return false;
+    if (!make_pipe(typed, false)) return false;
     no_blocking(typed.read.get());
     no_blocking(in.write.get());
     input_from_net_ = std::move(typed.read);
@@ -305,7 +311,7 @@ bool SessionChannel::make_descriptors(pty::Launch& launch, std::vector<UniqueFd>
     give(std::move(err.read));
   } else {
     PipeEnds shown_out, shown_err;
-    if (!make_pipe(shown_out) || !make_pipe(shown_err)) return false;
+    if (!make_pipe(shown_out) || !make_pipe(shown_err, false)) return false;
     no_blocking(shown_out.write.get());
     no_blocking(shown_err.write.get());
     tee_->attach('o', std::move(shown_out.write));
@@ -332,7 +338,7 @@ void SessionChannel::spawn() {
   std::vector<UniqueFd> theirs, to_net;
   ch::Started started;
   const UniqueFd entrance = host_.tree.entrance();
-  launch.cgroup_procs = entrance.get();
+  launch.cgroup = entrance.get();
   bool ok = make_descriptors(launch, theirs, to_net, started);
   if (ok && terminal_ && !command_) {
     launch.greeting = host_.pam_texts + greeting(last_login(host_.user.uid));
@@ -387,6 +393,7 @@ void SessionChannel::start_pumps() {
 }
 
 void SessionChannel::read_program(int fd, char stream) {
+  if (terminal_ && output_over_) return host_.poller.disable(fd);
   if (!tee_->outlet_open(stream)) return stop_reading(stream);  // nobody reads it: the program is to get its SIGPIPE
   const std::size_t most = tee_->may_read(stream);
   if (most == 0) {
@@ -405,16 +412,25 @@ void SessionChannel::read_program(int fd, char stream) {
     const ssize_t n = ::read(fd, buffer.data() + filled, most - filled);
     if (n > 0) {
       filled += static_cast<std::size_t>(n);
+      over = false;
       continue;
     }
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && errno == EAGAIN) break;
-    over = true;  // end of file; a terminal says EIO when its last user is gone (pty(7))
-    break;
+    // End of file; a terminal says EIO when its last user is gone (pty(7)). It may say so while the last bytes are still on their way between the two
+    // ends (n_tty_read() looks for them before it looks whether anybody is there): asked again it has them.
+    if (std::exchange(over, true) || !terminal_) break;
   }
   if (filled > 0) tee_->put(stream, buffer.first(filled));
   if (over) {
-    stop_reading(stream);
+    // The leader stays open until the program has ended, as under sshd: it may have closed its terminal and run on (GNU's rm, sort and others
+    // close theirs just before they exit), and would die of the hang-up.
+    if (terminal_) {
+      output_over_ = true;
+      host_.poller.disable(fd);
+    } else {
+      stop_reading(stream);
+    }
     tee_->finish(stream);
   }
   if (reaped_) try_report_exit();
@@ -594,6 +610,7 @@ void SessionChannel::end_recording() {
   if (!over) return;
   stop_reading('o');
   stop_reading('e');
+  close_terminal();
   if (to_input_) close_input();  // what it carried now would be in no recording
   if (tee_) tee_->end(exit_text());
   host_.changed();

@@ -93,6 +93,11 @@ std::vector<std::string> make_environment(const EnvironmentRequest& request) {
   set(all, "SSH_CLIENT",
       std::string{f.peer_address.get()} + " " + std::to_string(f.peer_port) + " " + std::to_string(f.server_port));
   set(all, "SSH_CONNECTION", ssh_connection(f));
+  // Who is here, for people's scripts and prompts. A tagged node has no user, a user's node has no tags.
+  set(all, "POSTERN_USER", f.login.get());
+  set(all, "POSTERN_NODE", f.node_name.get());
+  set(all, "POSTERN_TAGS", f.tags.get());
+  set(all, "POSTERN_CONNECTION_ID", f.id().text());
   if (!request.terminal.empty()) set(all, "SSH_TTY", request.terminal);
   if (!request.display.empty()) set(all, "DISPLAY", request.display);
   if (!request.agent_socket.empty()) set(all, "SSH_AUTH_SOCK", request.agent_socket);

@@ -2,6 +2,7 @@
 
 #include "base/poller.h"
 #include "base/process_title.h"
+#include "base/processes.h"
 #include "pty/oom_score.h"
 #include "sshd/session/outbox.h"
 #include "sshd/session/resolver.h"
@@ -559,7 +560,6 @@ class Helper {
 void serve(UniqueFd socket, const Settings& settings) {
   ::prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0);
   // Nothing of the connection's: its end is seen by descriptors that close, the PAM handle's and the recorder's among them.
-  if (settings.cgroup_procs >= 0 && ::write(settings.cgroup_procs, "0", 1) != 1) ::_exit(1);
   pty::reset_oom_score();
   const int null = ::open("/dev/null", O_RDWR);
   if (null < 0 || ::dup2(null, 0) < 0 || ::dup2(null, 1) < 0 || ::dup2(null, 2) < 0 || ::dup2(socket.get(), 3) < 0) ::_exit(1);
@@ -600,13 +600,14 @@ void serve(UniqueFd socket, const Settings& settings) {
 Expected<std::pair<UniqueFd, pid_t>> start(const Settings& settings) {
   auto pair = seqpacket_pair();
   if (!pair) return Unexpected{pair.error()};
-  const pid_t pid = ::fork();
-  if (pid < 0) return Unexpected{system_error("fork the forward helper")};
-  if (pid == 0) {
+  const auto child = fork_into(settings.cgroup);
+  if (child.pid < 0) return Unexpected{system_error("fork the forward helper")};
+  if (child.pid == 0) {
+    if (child.cgroup_error != 0) ::_exit(1);
     pair->first.reset();
     serve(std::move(pair->second), settings);
   }
-  return std::pair{std::move(pair->first), pid};
+  return std::pair{std::move(pair->first), child.pid};
 }
 
 }  // namespace postern::sshd::session::helper

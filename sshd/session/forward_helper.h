@@ -67,7 +67,7 @@ struct Incoming {
 struct Settings {
   pty::LocalUser user;
   std::optional<pty::ProcessSettings> process;  ///< what PAM left of limits
-  int cgroup_procs = -1;
+  int cgroup = -1;  ///< open folder of the one that it is to live in
   ForwardTargets local, remote;
   bool gateway_ports = false;
   bool unlink_sockets = false;

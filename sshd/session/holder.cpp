@@ -1,5 +1,6 @@
 #include "sshd/session/holder.h"
 
+#include "base/processes.h"
 #include "base/seqpacket.h"
 
 #include <fcntl.h>
@@ -142,13 +143,13 @@ Launched serve_launch(const Message& m, const std::function<void(const std::stri
   what.output = m.fds[2].get();
   what.error = m.fds[3].get();
   what.terminal = flags->terminal != 0;
-  if (flags->has_cgroup != 0) what.cgroup_procs = m.fds[4].get();
+  if (flags->has_cgroup != 0) what.cgroup = m.fds[4].get();
   if (!login_path.empty()) what.before = [&] { log_in(login_path); };
   // The limits are this process's own: nothing to apply. A sibling, not a child: whose exit it is belongs to postern-session
   // (clone(2): the exit signal is then that of the caller, SIGCHLD).
-  const long pid = ::syscall(SYS_clone, CLONE_PARENT | SIGCHLD, nullptr, nullptr, nullptr, nullptr);
-  if (pid == 0) pty::run_as_user(what);
-  return {static_cast<std::int32_t>(pid > 0 ? pid : 0), pid > 0 ? 0 : errno};
+  const auto child = fork_into(what.cgroup, true);
+  if (child.pid == 0) pty::run_as_user(what, child.cgroup_error);
+  return {static_cast<std::int32_t>(child.pid > 0 ? child.pid : 0), child.pid > 0 ? 0 : errno};
 }
 
 /// The forward helper, as the user's programs: with the limits, the scope and the namespaces that the modules left.
@@ -173,12 +174,13 @@ Launched serve_helper(const Message& m) {
   if (!r.good || !local || !remote) return {0, EBADMSG};
   settings.local = *local;
   settings.remote = *remote;
-  if (flags->has_cgroup != 0) settings.cgroup_procs = m.fds[2].get();
+  if (flags->has_cgroup != 0) settings.cgroup = m.fds[2].get();
   UniqueFd socket{::fcntl(m.fds[1].get(), F_DUPFD_CLOEXEC, 4)};
   if (!socket) return {0, errno};
-  const long pid = ::syscall(SYS_clone, CLONE_PARENT | SIGCHLD, nullptr, nullptr, nullptr, nullptr);
-  if (pid == 0) helper::serve(std::move(socket), settings);
-  return {static_cast<std::int32_t>(pid > 0 ? pid : 0), pid > 0 ? 0 : errno};
+  const auto child = fork_into(settings.cgroup, true);
+  if (child.pid == 0 && child.cgroup_error != 0) ::_exit(1);
+  if (child.pid == 0) helper::serve(std::move(socket), settings);
+  return {static_cast<std::int32_t>(child.pid > 0 ? child.pid : 0), child.pid > 0 ? 0 : errno};
 }
 
 [[noreturn]] void serve(UniqueFd socket, auth::pam::PamSession& pam, const std::function<void(const std::string&)>& log_in) {
@@ -198,7 +200,17 @@ Launched serve_helper(const Message& m) {
   const UniqueFd payload = into_memfd(w.out);
   const int fds[1] = {payload.get()};
   (void)send_message(socket.get(), version, static_cast<std::uint16_t>(Type::opened), {}, {}, fds);
-  while (const auto m = receive_within(socket.get(), -1)) {
+  // Not before it has been quiet for a moment: what it forks first is the user's program.
+  pollfd quiet{socket.get(), POLLIN, 0};
+  bool settled = false;
+  const auto receive = [&] {
+    if (!settled && ::poll(&quiet, 1, static_cast<int>(settle_time.count())) == 0) {
+      settled = true;
+      release_unused_memory();
+    }
+    return receive_within(socket.get(), -1);
+  };
+  while (const auto m = receive()) {
     const bool helps = m->type == static_cast<std::uint16_t>(Type::helper);
     if (!helps && m->type != static_cast<std::uint16_t>(Type::launch)) break;
     (void)send_body(socket.get(), version, static_cast<std::uint16_t>(Type::launched), helps ? serve_helper(*m) : serve_launch(*m, log_in));
@@ -293,8 +305,8 @@ Expected<pid_t> PamHolder::launch(const pty::Launch& what, const std::string& lo
   LaunchFlags flags;
   flags.terminal = what.terminal;
   flags.has_command = what.command.has_value();
-  flags.has_cgroup = what.cgroup_procs >= 0;
-  const int fds[5] = {payload.get(), what.input, what.output, what.error, what.cgroup_procs};
+  flags.has_cgroup = what.cgroup >= 0;
+  const int fds[5] = {payload.get(), what.input, what.output, what.error, what.cgroup};
   if (const auto sent = send_body(socket_.get(), version, static_cast<std::uint16_t>(Type::launch), flags, {},
                                   std::span{fds, 4U + flags.has_cgroup});
       !sent)
@@ -322,8 +334,8 @@ Expected<std::pair<UniqueFd, pid_t>> PamHolder::start_helper(const helper::Setti
   const UniqueFd payload = into_memfd(w.out);
   if (!payload) return Unexpected{system_error("prepare the forward helper for the PAM holder")};
   LaunchFlags flags;
-  flags.has_cgroup = settings.cgroup_procs >= 0;
-  const int fds[3] = {payload.get(), pair->second.get(), settings.cgroup_procs};
+  flags.has_cgroup = settings.cgroup >= 0;
+  const int fds[3] = {payload.get(), pair->second.get(), settings.cgroup};
   if (const auto sent = send_body(socket_.get(), version, static_cast<std::uint16_t>(Type::helper), flags, {}, std::span{fds, 2U + flags.has_cgroup}); !sent)
     return Unexpected{sent.error()};
   const auto pid = launched();

@@ -8,6 +8,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <string>
@@ -16,6 +17,9 @@
 #include <vector>
 
 namespace postern::sshd::session {
+
+/// After the login: what it needed is given back (release_unused_memory).
+inline constexpr std::chrono::milliseconds settle_time{300};
 
 /// What opening a PAM session left for the user's programs.
 struct PamResult {

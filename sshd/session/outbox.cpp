@@ -16,12 +16,16 @@ void Outbox::open(UniqueFd socket) {
   });
 }
 
-void Outbox::close() {
-  if (!socket_) return;
+UniqueFd Outbox::take() {
+  if (!socket_) return {};
   poller_.forget(socket_.get());
   drop_waiting();
-  if (let_go_) let_go_(std::move(socket_), false);
-  socket_.reset();
+  return std::move(socket_);
+}
+
+void Outbox::close() {
+  UniqueFd socket = take();
+  if (socket && let_go_) let_go_(std::move(socket), false);
 }
 
 void Outbox::let_go(Waiting& w, bool delivered) {

@@ -29,6 +29,8 @@ class Outbox {
 
   void open(UniqueFd socket);
   void close();
+  /// As close(), but the socket is the caller's to close; it is not in `let_go`.
+  UniqueFd take();
   bool is_open() const noexcept { return static_cast<bool>(socket_); }
   int fd() const noexcept { return socket_.get(); }
   bool blocked() const noexcept { return !waiting_.empty(); }

@@ -1,5 +1,6 @@
 #include "sshd/session/process.h"
 
+#include "base/processes.h"
 #include "base/process_title.h"
 #include "pty/process_settings.h"
 #include "sshd/session/close_elsewhere.h"
@@ -81,6 +82,7 @@ SessionProcess::~SessionProcess() {
   closing_.clear();
   forwarding_.reset();
   net_.close();
+  static_cast<void>(parted_.release());
   bury(true);
 }
 
@@ -165,7 +167,7 @@ bool SessionProcess::on_broker_message(Message& m) {
     case ses::Type::revoke: {
       const auto r = m.body<ses::Revoke>();
       if (!r || (phase_ != Phase::granted && phase_ != Phase::leaving)) return false;
-      revoke(r->text.get());
+      revoke(r->text.get(), std::chrono::milliseconds{std::min<std::uint32_t>(r->clear_up_ms, 60'000)});
       return true;
     }
     case ses::Type::registered: {
@@ -216,14 +218,19 @@ void SessionProcess::look_up(const ses::Lookup& lookup) {
   broker_.send(ses::version, static_cast<std::uint16_t>(ses::Type::user), answer);
 }
 
-bool SessionProcess::on_grant(Message& m) {
-  if (!m.body<ses::Grant>() || m.fds.size() != 3 || !found_) return false;
-  auto facts = read_facts(m.fds[0].get());
+/// Apart from on_grant(), whose frame the PAM holder keeps: facts are 24 KiB.
+[[gnu::noinline]] bool SessionProcess::take_facts(int memfd) {
+  auto facts = read_facts(memfd);
   if (!facts) {
     spdlog::error("event=facts_bad reason=\"{}\"", facts.error().doing);
     return false;
   }
   facts_ = *facts;
+  return true;
+}
+
+bool SessionProcess::on_grant(Message& m) {
+  if (!m.body<ses::Grant>() || m.fds.size() != 3 || !found_ || !take_facts(m.fds[0].get())) return false;
   set_process_title("postern-session: " + std::string{facts_.local_user.get()});
   facts_fd_ = std::move(m.fds[0]);
   UniqueFd net = std::move(m.fds[1]);
@@ -252,6 +259,7 @@ bool SessionProcess::on_grant(Message& m) {
     return true;
   }
   phase_ = Phase::granted;
+  poller_.after(settle_time, [] { release_unused_memory(); });  // not sooner: a short command is over before
   own_pidfd_ = open_pidfd(::getpid());
   tree_ = std::make_unique<ProcessTree>(facts_.id().text(), as_root_);
   // In parallel with the client's next round trip, and before any of its channels is looked at.
@@ -290,7 +298,7 @@ void SessionProcess::begin_forwarding() {
         const UniqueFd entrance = tree_->entrance();  // what ends the user's programs ends it
         settings.user = user_;
         settings.process = user_settings_;
-        settings.cgroup_procs = entrance.get();
+        settings.cgroup = entrance.get();
         // What PAM's modules left is there, as for the user's programs.
         if (holder_) return holder_->start_helper(settings, facts_.forwarding.local_targets.get(), facts_.forwarding.remote_targets.get());
         return helper::start(settings);
@@ -690,7 +698,13 @@ void SessionProcess::kill_net() {
 // --- the end --------------------------------------------------------------------------------------------------------------------
 
 void SessionProcess::net_gone() {
-  net_.close();
+  if (net_.is_open()) parted_ = net_.take();
+  if (const auto now = Clock::now(); revoked_ && now < stays_until_) {
+    // Nobody sees or reaches anything of it any more, and many others are still to be told.
+    if (forwarding_) forwarding_->end(false);
+    poller_.after(stays_until_ - now, [this] { net_gone(); });
+    return;
+  }
   const bool first = phase_ != Phase::leaving;
   phase_ = Phase::leaving;
   held_.clear();
@@ -710,10 +724,32 @@ void SessionProcess::net_gone() {
       for (auto& c : closing_) c->abandon();
       sweep_ = true;
     });
+    if (facts_.kill_on_disconnect != 0 && tree_ && !revoked_) end_tree();
   }
+  if (revoked_ && !ending_tree_) end_tree();
 }
 
-void SessionProcess::revoke(std::string_view text) {
+/// Everything that the connection started, also what has left its session or ignores signals.
+void SessionProcess::end_tree() {
+  ending_tree_ = true;
+  tree_->signal_all(SIGHUP);
+  tree_->signal_all(SIGCONT);
+  tree_->signal_all(SIGTERM);
+  poller_.after(revoke_kill_wait, [this] {
+    if (!killed_) tree_->kill_all();
+    killed_ = true;
+    waited_ = true;
+    reap();
+    // Killed but for those in an uninterruptible sleep: nobody waits for them.
+    poller_.after(std::chrono::seconds{1}, [this] {
+      for (auto& c : closing_) c->abandon();
+      sweep_ = true;
+    });
+  });
+  watch_tree();
+}
+
+void SessionProcess::revoke(std::string_view text, std::chrono::milliseconds clear_up) {
   if (revoked_) return;
   if (phase_ == Phase::new_born || phase_ == Phase::looked_up) {
     poller_.stop();
@@ -721,6 +757,7 @@ void SessionProcess::revoke(std::string_view text) {
   }
   revoked_ = true;
   phase_ = Phase::leaving;
+  stays_until_ = Clock::now() + clear_up;
   spdlog::warn("event=revoked connection={}", facts_.id().text());
   ch::Disconnect d;
   if (!d.text.set(text)) d.text.length = 0;
@@ -728,21 +765,6 @@ void SessionProcess::revoke(std::string_view text) {
   poller_.after(revoke_text_wait, [this] {
     kill_net();
     net_gone();
-    tree_->signal_all(SIGHUP);
-    tree_->signal_all(SIGCONT);
-    tree_->signal_all(SIGTERM);
-    poller_.after(revoke_kill_wait, [this] {
-      if (!killed_) tree_->kill_all();
-      killed_ = true;
-      waited_ = true;
-      reap();
-      // Killed but for those in an uninterruptible sleep: nobody waits for them.
-      poller_.after(std::chrono::seconds{1}, [this] {
-        for (auto& c : closing_) c->abandon();
-        sweep_ = true;
-      });
-    });
-    watch_tree();
   });
 }
 
@@ -799,7 +821,8 @@ void SessionProcess::sweep() {
 
 bool SessionProcess::done() const {
   if (net_.is_open()) return false;
-  if (revoked_ && !waited_) return false;
+  if (revoked_ && Clock::now() < stays_until_) return false;
+  if ((revoked_ || ending_tree_) && !waited_) return false;
   if (forwarding_ && !forwarding_->finished()) return false;
   return closing_.empty();
 }

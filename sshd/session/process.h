@@ -29,7 +29,7 @@ namespace postern::sshd::session {
 /// The client is gone: how long its programs have to end after SIGHUP before they are left to themselves (as sshd leaves them).
 inline constexpr std::chrono::milliseconds hang_up_wait{10'000};
 /// Revoked: time for net to show the text; then for programs between SIGTERM and SIGKILL (DESIGN section 1 "Revoke").
-inline constexpr std::chrono::milliseconds revoke_text_wait{200};
+inline constexpr std::chrono::milliseconds revoke_text_wait{600};
 inline constexpr std::chrono::milliseconds revoke_kill_wait{2'000};
 /// A rekey without a broker waits that long (DESIGN section 1).
 inline constexpr std::chrono::milliseconds sign_wait{30'000};
@@ -65,6 +65,7 @@ class SessionProcess {
   void read_broker();
   bool on_broker_message(Message& m);
   void look_up(const session::Lookup& lookup);
+  bool take_facts(int memfd);
   bool on_grant(Message& m);
   Expected<Done> check_account();
   bool open_pam_session();
@@ -90,7 +91,8 @@ class SessionProcess {
 
   // The end.
   void net_gone();
-  void revoke(std::string_view text);
+  void end_tree();
+  void revoke(std::string_view text, std::chrono::milliseconds clear_up = {});
   void recorder_lost();
   void watch_tree();
   void reap();
@@ -103,6 +105,8 @@ class SessionProcess {
   const bool as_root_;
   Phase phase_ = Phase::new_born;
   std::vector<UniqueFd> doomed_;  // for close_elsewhere(); before those that let go
+  Clock::time_point stays_until_;  // revoked: what is left to do begins then
+  UniqueFd parted_;               // net's socket after its end: a process that exits does not linger, and needs no other one to close it
   Outbox broker_;
   Outbox net_;
   UniqueFd signals_;
@@ -143,6 +147,7 @@ class SessionProcess {
   Poller::TimerId register_timer_ = 0, orphan_timer_ = 0, sign_timer_ = 0, sign_later_ = 0, channels_timer_ = 0;
 
   bool revoked_ = false;
+  bool ending_tree_ = false;
   bool killed_ = false;
   bool waited_ = false;  // long enough for the programs
 };

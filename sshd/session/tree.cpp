@@ -61,9 +61,10 @@ void ProcessTree::adopt_scope(pid_t pam_process) {
 
 UniqueFd ProcessTree::entrance() {
   if (leaf_.empty() || scope_) return {};  // in the scope: children are born there
-  UniqueFd fd{::open((leaf_ + "/cgroup.procs").c_str(), O_WRONLY | O_CLOEXEC)};
+  const auto open_leaf = [this] { return UniqueFd{::open(leaf_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)}; };
+  UniqueFd fd = open_leaf();
   // Somebody tidied up by hand.
-  if (!fd && errno == ENOENT && make_leaf()) fd.reset(::open((leaf_ + "/cgroup.procs").c_str(), O_WRONLY | O_CLOEXEC));
+  if (!fd && errno == ENOENT && make_leaf()) fd = open_leaf();
   return fd;
 }
 

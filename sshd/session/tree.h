@@ -26,7 +26,7 @@ class ProcessTree {
   /// Call after pam_open_session(3), with the process that ran it: when that was moved into a scope, the scope is the tree. A PAM holder
   /// is spared where the tree is walked, and not in a scope: logind ends what it opened when the scope ends.
   void adopt_scope(pid_t pam_process);
-  /// cgroup.procs of the leaf, for pty::Launch; made at the first call. Empty: there is no cgroup, the subreaper does it.
+  /// The leaf's folder, for fork_into(). Empty: there is no cgroup of our own, the subreaper or the scope does it.
   UniqueFd entrance();
 
   void signal_all(int signal);

@@ -482,7 +482,7 @@ TEST_CASE("too little free space ends uploads at once, and health says so", "[re
   CHECK(u->error->code == Code::disk_full);
 }
 
-TEST_CASE("a file size limit ends that upload; what was acked stays, nothing half is kept", "[recorder_node]") {
+TEST_CASE("a file size limit ends that upload, what was acked stays, nothing half is kept", "[recorder_node]") {
   Recorder r;
   Relay relay{r, r.endpoint()};
   const Id id = Id::random(), other = Id::random();
@@ -610,7 +610,7 @@ TEST_CASE("health lines come while the disk works and stop while it hangs", "[re
   relay.ack(u, first.size());
 }
 
-TEST_CASE("a failed fdatasync is final for that file, also after a restart; others go on", "[recorder_node]") {
+TEST_CASE("a failed fdatasync is final for that file, also after a restart, others go on", "[recorder_node]") {
   Disk disk;
   Recorder r{[&](node::Settings& s) { s.store.sync = disk.sync(); }};
   const Id id = Id::random(), other = Id::random();

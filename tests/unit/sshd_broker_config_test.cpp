@@ -57,6 +57,63 @@ TEST_CASE("a number where a string belongs is refused", "[broker][config]") {
   CHECK(problems_of(listen + "[ssh]\nversion_string = \"a b\"\n").size() == 1);
 }
 
+TEST_CASE("where rules come from is the file unless it is said, and each source is known by name", "[broker][config]") {
+  const auto c = parse_config(listen, "p.toml");
+  REQUIRE(c);
+  CHECK(c->policy.source == std::vector{PolicySource::file});
+  CHECK_FALSE(c->tailscaled.ssh_policy);
+  const std::string tailscaled = "[identity]\nprovider = \"tailscaled\"\n";
+  const auto all = parse_config(tailscaled + "[policy]\nsource = [\"tailnet\", \"grants\", \"file\"]\nlogin_capability = \"example.com/cap/login\"\ntailnet_check_period = \"1h\"\n", "p.toml");
+  REQUIRE(all);
+  CHECK(all->policy.source == std::vector{PolicySource::tailnet, PolicySource::grants, PolicySource::file});
+  CHECK(all->tailscaled.ssh_policy);
+  CHECK(all->listen.addresses.empty());  // the network's own
+  CHECK(all->policy.tailnet_check_period == 1h);
+  for (const std::string wrong : {"source = []", "source = [\"acl\"]", "source = \"file\"", "source = [\"tailnet\"]", "login_capability = \"login\""}) {
+    INFO(wrong);
+    CHECK(problems_of(listen + "[policy]\n" + wrong + "\n").size() == 1);
+  }
+  CHECK(problems_of("[log]\nlevel = \"info\"\n").size() == 1);  // static, and no address
+  CHECK(problems_of(tailscaled + "[listen]\nport = 22\ntakeover = \"nft\"\ntakeover_port = 22\n").size() == 1);
+  CHECK(problems_of(tailscaled + "[listen]\ntakeover = \"iptables\"\n").size() == 1);
+}
+
+TEST_CASE("penalties and what may come before a login have OpenSSH's defaults and can be set", "[broker][config]") {
+  const auto c = parse_config(listen, "p.toml");
+  REQUIRE(c);
+  CHECK(c->limits.penalties.auth_failed == 5s);
+  CHECK(c->limits.penalties.no_auth == 1s);
+  CHECK(c->limits.penalties.grace_exceeded == 10s);
+  CHECK(c->limits.penalties.min == 15s);
+  CHECK(c->limits.penalties.max == 600s);
+  CHECK(c->limits.penalties.sources == 65'536);
+  CHECK(c->limits.penalty_exempt.empty());
+  CHECK(c->limits.bytes_before_login == 128 * 1024);
+  CHECK(c->limits.packets_before_login == 500);
+  const auto set = parse_config(listen + "[limits]\npenalty_auth_failed = \"0ms\"\npenalty_exempt = [\"10.0.0.0/8\", \"fd7a::1\"]\nbytes_before_login = \"1MiB\"\n", "p.toml");
+  REQUIRE(set);
+  CHECK(set->limits.penalties.auth_failed == 0s);
+  REQUIRE(set->limits.penalty_exempt.size() == 2);
+  CHECK(set->limits.penalty_exempt[0].contains(Address::parse("10.1.2.3").value()));
+  CHECK(set->limits.bytes_before_login == 1024 * 1024);
+  for (const std::string wrong : {"penalty_min = \"20m\"", "penalty_exempt = [\"ten\"]", "penalty_exempt = \"10.0.0.0/8\"", "packets_before_login = 1", "bytes_before_login = \"1KiB\"", "penalty_no_auth = 1"}) {
+    INFO(wrong);
+    CHECK(problems_of(listen + "[limits]\n" + wrong + "\n").size() == 1);
+  }
+}
+
+TEST_CASE("key exchanges by amount and by time are off until they are set, and not without end", "[broker][config]") {
+  const auto none = parse_config(listen, "p.toml");
+  REQUIRE(none);
+  CHECK((none->ssh.rekey_bytes == 0 && none->ssh.rekey_interval == 0s));
+  const auto set = parse_config(listen + "[ssh]\nrekey_bytes = \"1GiB\"\nrekey_interval = \"1h\"\n", "p.toml");
+  REQUIRE(set);
+  CHECK((set->ssh.rekey_bytes == std::uint64_t{1} << 30 && set->ssh.rekey_interval == 1h));
+  CHECK(parse_config(listen + "[ssh]\nrekey_bytes = \"0B\"\nrekey_interval = \"0s\"\n", "p.toml"));
+  for (const auto wrong : {"rekey_bytes = \"63KiB\"", "rekey_bytes = 1000000", "rekey_interval = \"999ms\"", "rekey_interval = \"8d\""})
+    CHECK(problems_of(listen + "[ssh]\n" + wrong + "\n").size() == 1);
+}
+
 TEST_CASE("durations are a number and a unit", "[broker][config]") {
   CHECK(parse_duration("250ms") == 250ms);
   CHECK(parse_duration("10s") == 10s);

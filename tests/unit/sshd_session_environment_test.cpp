@@ -25,7 +25,7 @@ sshd::ConnectionFacts facts_accepting(std::initializer_list<const char*> globs) 
 }
 }  // namespace
 
-TEST_CASE("a variable is accepted by the rule's globs; LANG and LC_* always", "[environment]") {
+TEST_CASE("a variable is accepted by the rule's globs, LANG and LC_* always", "[environment]") {
   const auto none = facts_accepting({});
   CHECK(accepts_environment(none, "LANG", "de_DE.UTF-8"));
   CHECK(accepts_environment(none, "LC_ALL", "C"));

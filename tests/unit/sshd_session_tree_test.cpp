@@ -1,5 +1,6 @@
 // The cgroup leaf of a connection. As root with a cgroup v2 that can be written; elsewhere there is no leaf and nothing to check.
 
+#include "base/processes.h"
 #include "catch.h"
 
 #include "base/id.h"
@@ -35,10 +36,10 @@ bool leaf_exists(const std::string& id) {
 }
 
 bool can_enter(const postern::UniqueFd& entrance) {
-  const pid_t child = ::fork();
-  if (child == 0) ::_exit(::write(entrance.get(), "0", 1) == 1 ? 0 : 1);
+  const auto child = postern::fork_into(entrance.get());
+  if (child.pid == 0) ::_exit(child.cgroup_error);
   int status = 0;
-  ::waitpid(child, &status, 0);
+  ::waitpid(child.pid, &status, 0);
   return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 

@@ -1,0 +1,38 @@
+#pragma once
+
+#include "base/address.h"
+#include "base/expected.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace postern::sshd::broker {
+
+/// Setting listen.takeover = "nft": a port that another server has on all addresses is ours on some, by destination NAT in a table of our own.
+/// Peers' addresses stay what they are. Connections that this host itself makes do not pass there (they are in no PREROUTING, nft(8)) and
+/// reach the other server.
+class Takeover {
+ public:
+  static constexpr const char* table = "postern_takeover";
+  struct Redirect {
+    Endpoint dialled;
+    std::uint16_t to = 0;  ///< our port, on the same address
+    bool operator==(const Redirect&) const = default;
+  };
+  /// `nft`: the program.
+  explicit Takeover(std::string nft) : nft_{std::move(nft)} {}
+
+  /// These and no others, in one transaction; none: the table goes. A table that an earlier run left is replaced. Blocks for nft's some 10 ms, at most
+  /// 5 s; does nothing when nothing changed.
+  Expected<Done> set(const std::vector<Redirect>& redirects);
+
+  /// What nft is told. Pure.
+  static std::string script(const std::vector<Redirect>& redirects);
+
+ private:
+  std::string nft_;
+  std::vector<Redirect> redirects_;
+};
+
+}  // namespace postern::sshd::broker
