@@ -1,4 +1,5 @@
 """Fixtures of the integration tests; what they give is described in harness.py."""
+import signal
 import warnings
 
 warnings.filterwarnings("ignore", message=".*has been deprecated")  # asyncssh 2.10 imports ciphers that cryptography will drop
@@ -9,6 +10,8 @@ import harness
 
 
 def pytest_configure(config):
+    # A run in the background of a script begins with SIGINT ignored; the programs under test, and sshd beside them, are not to inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     harness.become_subreaper()
 
 

@@ -4,6 +4,7 @@
     client.start(stack, "command")     in the background, for what happens when it is killed
     client.sftp(stack, steps)          [("put", local, remote), ("get", remote, local), ("symlink", target, link)]
     client.channels(stack, n, "cmd")   n sessions of one connection at once
+    with client.local(stack, target, n, data) / client.remote(stack, n) as f: …    forwardings: Forward
 
 `steps` is what a person at the terminal does: ("expect", text), ("send", text), ("resize", cols, rows), ("signal", name).
 Programs (ssh, plink, dbclient) are driven here, on a pty of ours where they want one; libraries by small programs (lib/, node/, go/)
@@ -21,10 +22,13 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
-import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from clients.mirror import Mirror, ask
 from harness import ROOT, SLACK, Stack, Terminal, wait_until
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -50,8 +54,14 @@ FEATURES = {
     "sftp": "sftp put and get",
     "symlink": "sftp symlink",
     "channels": "many sessions at once in one connection",
+    "-L": "`-L`: connections through the server",
+    "-R": "`-R`: connections to a port of the server's",
+    "agent": "agent forwarding",
     "rekey up": "rekeys while it sends",
     "rekey down": "rekeys while it receives",
+    "server rekey up": "the server rekeys while it sends",
+    "server rekey down": "the server rekeys while it receives",
+    "server rekey -L": "the server rekeys under `-L` and `-R`",
     "killed": "kill -9 of the client ends the program",
     "none": "logs in with `none`",
     "password": "`password` first, any password",
@@ -59,9 +69,7 @@ FEATURES = {
     "key": "`publickey` first, any key",
 }
 # (client, feature) -> the bug of the server's that it meets. Its test is expected to fail, and turns red when the bug is mended.
-BUGS: dict[tuple[str, str], str] = {
-    ("asyncssh", "rekey up"): "Debian 12's asyncssh goes on sending data in its own key exchange (RFC 4253 section 7.1 forbids it): sshd takes it, libssh ends the connection",
-}
+BUGS: dict[tuple[str, str], str] = {}
 ALWAYS_NONE = "always begins with `none`, and is in"
 
 
@@ -104,6 +112,14 @@ class Client:
     def source(self, stack: Stack, recorded: bool) -> str:
         return stack.alice if recorded else stack.plain_alice
 
+    def local(self, stack: Stack, target: tuple[str, int], count: int, data: bytes) -> list[bytes]:
+        """`count` connections at once to a mirror at `target`, through the server: what each got back for `data`."""
+        raise NotImplementedError
+
+    def remote(self, stack: Stack, count: int, data: bytes) -> list[bytes]:
+        """The server listens, this client is the mirror: what `count` connections, one after the other, got back for `data`."""
+        raise NotImplementedError
+
 
 def not_fetched(name: str) -> str:
     with contextlib.suppress(OSError):
@@ -112,6 +128,12 @@ def not_fetched(name: str) -> str:
             if what == name:
                 return why
     return "scripts/fetch-clients has not been run (scripts/test does it)"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------------------------- programs
@@ -154,6 +176,41 @@ class Tool(Client):
         stack.clients.append(process)
         return process
 
+    def forwarding(self, stack: Stack, arguments: list[str], agent=None) -> tuple[list[str], dict]:
+        """Its command line for forwardings alone, with -L or -R as they stand in `arguments`."""
+        line, environment = self.command(stack, None)
+        return [*line[:-1], "-N", *arguments, line[-1]], environment
+
+    @contextlib.contextmanager
+    def forwards(self, stack, arguments, port):
+        """Runs it until somebody listens at `port` of 127.0.0.1, and ends it afterwards."""
+        line, environment = self.forwarding(stack, arguments)
+        process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        stack.clients.append(process)
+
+        def listens():
+            assert process.poll() is None, process.communicate()
+            with socket.socket() as s:
+                return s.connect_ex(("127.0.0.1", port)) == 0
+        try:
+            wait_until(listens, f"somebody listens at {port}", 20)
+            yield
+            assert process.poll() is None, process.communicate()
+        finally:
+            process.kill()
+            process.communicate()
+
+    def local(self, stack, target, count, data):
+        port = free_port()
+        with self.forwards(stack, ["-L", f"127.0.0.1:{port}:{target[0]}:{target[1]}"], port):
+            with ThreadPoolExecutor(count) as pool:
+                return list(pool.map(lambda _: ask(("127.0.0.1", port), data), range(count)))
+
+    def remote(self, stack, count, data):
+        port = free_port()
+        with Mirror() as mirror, self.forwards(stack, ["-R", f"{port}:127.0.0.1:{mirror.port}"], port):
+            return [ask(("127.0.0.1", port), data) for _ in range(count)]
+
     def without_noise(self, err: bytes) -> bytes:
         return err
 
@@ -178,9 +235,11 @@ class OpenSSH(Tool):
     def missing(self):
         return None if shutil.which("ssh") else "package openssh-client is not installed"
 
-    def command(self, stack, command, *, recorded=False, pty=None, env=None, rekey=None, auth="none", options=(), **more):
+    def command(self, stack, command, *, recorded=False, pty=None, env=None, rekey=None, auth="none", options=(), agent=None, **more):
         assert auth == "none"
         options = list(options)
+        if agent:  # the first of an option counts, and the stack's command line says IdentityAgent=none
+            options += [f"IdentityAgent={agent}", "ForwardAgent=yes"]
         if env:
             options.append("SetEnv " + " ".join(f'{k}="{v}"' for k, v in env.items()))
         if rekey:
@@ -275,14 +334,17 @@ class Putty(Tool):
         keys = [x for m in re.finditer(r"SHA256:\S+", prints) for x in ("-hostkey", m[0])]
         return ["-load", name, "-batch", "-P", str(stack.port), "-l", stack.user, *keys], stack.client_env({"HOME": str(home)})
 
-    def command(self, stack, command, *, recorded=False, pty=None, env=None, rekey=None, auth="none", **more):
+    def command(self, stack, command, *, recorded=False, pty=None, env=None, rekey=None, auth="none", agent=None, **more):
         assert auth == "none"
         arguments, environment = self.home(stack, pty, env, rekey)
+        if agent:
+            arguments, environment = ["-A", *arguments], environment | {"SSH_AUTH_SOCK": str(agent)}
         line = ["plink", "-ssh", "-t" if pty else "-T", *(["-v"] if rekey else []), *arguments, stack.server]
         return line + ([command] if command is not None else []), environment
 
     def count_rekeys(self, err):
-        return err.count(b"Initiating key re-exchange")
+        # Its own only, and told of with -v.
+        return err.count(b"Initiating key re-exchange") if b"Remote version:" in err else -1
 
     def sftp(self, stack, steps, timeout=60):
         arguments, environment = self.home(stack)
@@ -313,11 +375,13 @@ class Dropbear(Tool):
     def missing(self):
         return None if shutil.which("dbclient") else "package dropbear-bin is not installed"
 
-    def command(self, stack, command, *, recorded=False, pty=None, auth="none", **more):
+    def command(self, stack, command, *, recorded=False, pty=None, auth="none", agent=None, **more):
         assert auth == "none"
         # -y -y: takes any host key. HOME has no ~/.ssh of anybody's.
-        line = ["dbclient", "-y", "-y", "-b", self.source(stack, recorded), "-p", str(stack.port), "-l", stack.user, "-t" if pty else "-T", stack.server]
-        return line + ([command] if command is not None else []), stack.client_env({"TERM": pty.term} if pty else None)
+        line = ["dbclient", "-y", "-y", "-b", self.source(stack, recorded), "-p", str(stack.port), "-l", stack.user, "-t" if pty else "-T",
+                *(["-A"] if agent else []), stack.server]
+        more_env = ({"TERM": pty.term} if pty else {}) | ({"SSH_AUTH_SOCK": str(agent)} if agent else {})
+        return line + ([command] if command is not None else []), stack.client_env(more_env)
 
     def without_noise(self, err):
         # A caution about -y -y, before anything of the session.
@@ -336,8 +400,9 @@ class Library(Client):
                 "pty": pty.json() if pty else None, **{k: str(v) if isinstance(v, pathlib.Path) else v for k, v in more.items()}}
 
     def popen(self, stack, request) -> subprocess.Popen:
+        agent = {"SSH_AUTH_SOCK": request["agent"]} if request.get("agent") else {}
         process = subprocess.Popen([*self.program, json.dumps(request)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env=stack.client_env(self.environment()))
+                                   env=stack.client_env(self.environment() | agent))
         stack.clients.append(process)
         return process
 
@@ -345,7 +410,9 @@ class Library(Client):
         return {"PYTHONDONTWRITEBYTECODE": "1"}
 
     def ask(self, stack, request, timeout=60) -> Outcome:
-        process = self.popen(stack, request)
+        return self.answer(self.popen(stack, request), timeout)
+
+    def answer(self, process, timeout) -> Outcome:
         try:
             out, err = process.communicate(timeout=timeout * SLACK)
         except subprocess.TimeoutExpired:
@@ -370,6 +437,25 @@ class Library(Client):
 
     def channels(self, stack, count, command):
         return self.ask(stack, self.request(stack, "channels", count=count, command=command))
+
+    def local(self, stack, target, count, data):
+        with tempfile.TemporaryDirectory(dir=stack.dir) as folder:
+            source = pathlib.Path(folder) / "data"
+            source.write_bytes(data)
+            outcome = self.ask(stack, self.request(stack, "local", target=target, count=count, stdin=source, stdout=pathlib.Path(folder) / "got"), 120)
+            assert not outcome.error, f"{self.name}: {outcome.error}"
+            return [(pathlib.Path(folder) / f"got.{i}").read_bytes() for i in range(count)]
+
+    def remote(self, stack, count, data):
+        with tempfile.TemporaryDirectory(dir=stack.dir) as folder:
+            port_file = pathlib.Path(folder) / "port"
+            process = self.popen(stack, self.request(stack, "remote", count=count, port_file=port_file))
+            wait_until(lambda: port_file.exists() or process.poll() is not None, "the client listens, or has ended", 20)
+            assert port_file.exists(), process.communicate()
+            got = [ask(("127.0.0.1", int(port_file.read_text())), data) for _ in range(count)]
+            outcome = self.answer(process, 60)
+            assert not outcome.error, f"{self.name}: {outcome.error}"
+            return got
 
     def unix(self, stack, path):
         return self.ask(stack, self.request(stack, "unix", path=path))
@@ -443,6 +529,7 @@ class Libssh2(Library):
     program = [PYTHON, str(HERE / "lib/libssh2_client.py")]
     cannot = {
         "signal": "not in its interface before 1.11",
+        "agent": "asks for it, and refuses the server's channel; a callback for it comes with 1.11",
         "long": "its own packets have at most 35,000 bytes",
         "rekey up": "never begins one",
         "rekey down": "never begins one",

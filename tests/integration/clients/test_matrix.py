@@ -10,8 +10,9 @@ import time
 import pytest
 
 from clients import table
-from clients.drivers import BUGS, CLIENTS, FEATURES, OpenSSHForky, Pty
-from harness import IS_ROOT, SLACK, new_stack, rng, wait_until
+from clients.drivers import BUGS, CLIENTS, FEATURES, OpenSSH, OpenSSHForky, Pty
+from clients.mirror import Mirror
+from harness import BIN, IS_ROOT, SLACK, new_stack, rng, wait_until
 
 SIZE = 16 << 20
 
@@ -33,16 +34,43 @@ def client(request):
     return chosen
 
 
+def make(accounts, **ssh):
+    # POSTERN_TEST_VERSION_STRING: the whole matrix with another [ssh] version_string.
+    if version := os.environ.get("POSTERN_TEST_VERSION_STRING"):
+        ssh["version_string"] = version
+    made = new_stack(accounts, posternd={"limits": {"sessions_per_connection": 64}, **({"ssh": ssh} if ssh else {})})
+    # plink and psftp cannot choose the address they come from: recorded, but not enforced, which would rule out forwardings.
+    made.write_nodes('[[node]]\nname = "loopback"\naddresses = ["127.0.0.1"]\nuser = "open@example.com"\n')
+    return made
+
+
 @pytest.fixture(scope="module")
 def stack(accounts):
-    # POSTERN_TEST_VERSION_STRING: the whole matrix with another [ssh] version_string.
-    version = os.environ.get("POSTERN_TEST_VERSION_STRING")
-    made = new_stack(accounts, posternd={"limits": {"sessions_per_connection": 64}, **({"ssh": {"version_string": version}} if version else {})})
-    # plink and psftp cannot choose the address they come from.
-    made.write_nodes('[[node]]\nname = "loopback"\naddresses = ["127.0.0.1"]\nuser = "alice@example.com"\n')
-    made.start()
-    yield made
-    made.stop()
+    with make(accounts) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def rekeying(accounts):
+    """A server that begins a key exchange after each MiB. No client does of itself, before a GiB (paramiko: before 512 MiB)."""
+    with make(accounts, rekey_bytes="1MiB") as made:
+        yield made
+
+
+class Rekeys:
+    """Key exchanges after the first, of all connections to a server, by its log: each needs a signature of posternd's."""
+
+    def __init__(self, stack):
+        self.stack, self.since = stack, stack.posternd.log_size()
+
+    @property
+    def count(self) -> int:
+        return self.stack.posternd.log(self.since).count("event=rekey ")
+
+
+def verbose(client) -> dict:
+    """So that OpenSSH tells of the server's key exchanges."""
+    return {"options": ["LogLevel DEBUG1"]} if isinstance(client, OpenSSH) else {}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +112,9 @@ def test_a_command_ends_with_its_own_status_also_when_it_is_recorded(stack, clie
 
 @able("stderr")
 def test_stderr_comes_apart_from_stdout(stack, client):
-    r = client.run(stack, "echo to-out; echo to-err >&2")
+    # The warning of a new OpenSSH is a test of its own, below: with such a libssh it is left out here.
+    more = {} if is_post_quantum() or not isinstance(client, OpenSSHForky) else {"options": ["WarnWeakCrypto=no-pq-kex"]}
+    r = client.run(stack, "echo to-out; echo to-err >&2", **more)
     assert r.out == b"to-out\n" and r.err == b"to-err\n" and r.status == 0, r
 
 
@@ -130,15 +160,19 @@ def test_variables_that_the_policy_accepts_arrive(stack, client):
 @able("up")
 def test_16_mib_go_up_whole(stack, client, big):
     path, digest = big
+    rekeys = Rekeys(stack)
     r = client.run(stack, "sha256sum", stdin=path, timeout=120)
     assert r.out.split()[:1] == [digest.encode()] and r.status == 0, r
+    assert rekeys.count == 0, "nobody asked for a key exchange"
 
 
 @able("down")
 def test_16_mib_come_down_whole(stack, client, big, tmp_path):
     path, digest = big
+    rekeys = Rekeys(stack)
     r = client.run(stack, f"cat {path}", stdout=tmp_path / "got", timeout=120)
     assert r.status == 0 and sha256(tmp_path / "got") == digest, r
+    assert rekeys.count == 0, "nobody asked for a key exchange"
 
 
 @able("rekey up")
@@ -162,6 +196,66 @@ def test_a_client_that_rekeys_very_often_is_slowed_down_and_not_disconnected(sta
     path, digest = big
     r = client.run(stack, "sha256sum", stdin=path, rekey=SIZE // 20, timeout=120)
     assert r.status == 0 and r.out.split()[:1] == [digest.encode()], r
+
+
+@able("server rekey up")
+def test_a_server_that_rekeys_while_the_client_sends_gets_all(rekeying, client, big):
+    path, digest = big
+    rekeys = Rekeys(rekeying)
+    r = client.run(rekeying, "sha256sum", stdin=path, timeout=120, **verbose(client))
+    assert r.out.split()[:1] == [digest.encode()] and r.status == 0, r
+    # Not 16: until the client answers our KEXINIT it may use up its window of 2 MiB.
+    assert rekeys.count >= 5
+    assert r.rekeys in (-1, rekeys.count), "the client saw each of them, where it tells"
+
+
+@able("server rekey down")
+def test_a_server_that_rekeys_while_the_client_receives_sends_all(rekeying, client, big, tmp_path):
+    path, digest = big
+    rekeys = Rekeys(rekeying)
+    r = client.run(rekeying, f"cat {path}", stdout=tmp_path / "got", timeout=120, **verbose(client))
+    assert r.status == 0 and sha256(tmp_path / "got") == digest, r
+    assert rekeys.count >= SIZE // (1 << 20) - 2
+    assert r.rekeys in (-1, rekeys.count), "the client saw each of them, where it tells"
+
+
+@pytest.mark.parametrize("client", ["openssh"], indirect=True)
+def test_a_recording_is_whole_though_the_server_rekeys(rekeying, client):
+    rekeys = Rekeys(rekeying)
+    r = client.run(rekeying, "echo recorded-and-rekeyed; seq 1 800000; cat >&2", recorded=True, stdin=__file__)
+    assert rekeys.count >= 4 and r.status == 0
+    assert r.out == b"recorded-and-rekeyed\n" + b"".join(b"%d\n" % i for i in range(1, 800001)) and r.err == pathlib.Path(__file__).read_bytes()
+    recording = rekeying.find_recording("recorded-and-rekeyed")
+    assert recording.stream("o") == r.out and recording.stream("e") == r.err
+
+
+@pytest.mark.parametrize("client", ["openssh"], indirect=True)
+def test_a_server_rekeys_by_time_at_the_next_packet(accounts, client):
+    with make(accounts, rekey_interval="1s") as timed:
+        rekeys = Rekeys(timed)
+        # A line a moment, until it has happened twice: the test ends it.
+        line, environment = client.command(timed, "while echo x; do sleep 0.1; done")
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment)
+        timed.clients.append(process)
+        wait_until(lambda: rekeys.count >= 2, "two key exchanges", 20)
+        assert process.stdout.readline() == b"x\n" and process.poll() is None
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("cipher", ["chacha20-poly1305@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr hmac-sha2-256",
+                                    "aes256-ctr hmac-sha2-512-etm@openssh.com"])
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_channel_data_in_the_middle_of_the_clients_key_exchange_is_taken_with_every_cipher(stack, big, cipher, way):
+    """asyncssh goes on sending, as RFC 4253 section 7.1 forbids: what is taken then is found in a packet whose form depends on cipher and MAC."""
+    asyncssh = CLIENTS["asyncssh"]
+    if why := asyncssh.missing():
+        pytest.skip(why)
+    path, digest = big
+    encryption, _, mac = cipher.partition(" ")
+    more = {"ciphers": [encryption], **({"macs": [mac]} if mac else {}), "rekey": 2 << 20}
+    r = asyncssh.run(stack, "sha256sum" if way == "up" else f"sha256sum {path}; cat", stdin=path, timeout=120, **more)
+    assert r.out.split()[:1] == [digest.encode()] and r.status == 0 and r.rekeys >= 4, r
 
 
 # ---------------------------------------------------------------------------------------------------- terminals
@@ -228,6 +322,68 @@ def test_30_sessions_of_one_connection_run_at_once(stack, client):
     assert r.results == [f"up\ngot line {i}\n" for i in range(30)]
 
 
+@able("channels")
+def test_30_sessions_of_one_connection_get_all_their_output_while_the_server_rekeys(rekeying, client):
+    rekeys = Rekeys(rekeying)
+    r = client.channels(rekeying, 30, "echo up; read line; head -c 200000 /dev/zero | tr '\\0' x; echo got $line")
+    assert not r.error, r
+    assert r.results == [f"up\n{'x' * 200_000}got line {i}\n" for i in range(30)]
+    assert rekeys.count >= 3
+
+
+# ---------------------------------------------------------------------------------------------------- forwardings
+
+DATA = rng("forwardings").randbytes(1 << 20)
+
+
+@able("-L")
+def test_connections_go_through_the_server_to_a_target(stack, client):
+    with Mirror() as mirror:
+        assert client.local(stack, ("127.0.0.1", mirror.port), 5, DATA) == [DATA] * 5
+
+
+@able("-R")
+def test_connections_to_a_port_of_the_server_come_to_the_client(stack, client):
+    assert client.remote(stack, 3, DATA) == [DATA] * 3
+
+
+@able("server rekey -L")
+def test_forwardings_lose_nothing_while_the_server_rekeys(rekeying, client):
+    rekeys = Rekeys(rekeying)
+    with Mirror() as mirror:
+        assert client.local(rekeying, ("127.0.0.1", mirror.port), 5, DATA) == [DATA] * 5
+    assert rekeys.count >= 3
+    rekeys = Rekeys(rekeying)
+    assert client.remote(rekeying, 5, DATA) == [DATA] * 5
+    assert rekeys.count >= 3
+
+
+@pytest.fixture(scope="module")
+def agent(stack, key):
+    """An agent with one key: its socket, and the line that `ssh-add -L` says of it."""
+    path = stack.dir / "agent"
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    stack.clients.append(process)
+    wait_until(path.exists, "the agent's socket")
+    subprocess.run(["ssh-add", "-q", key], env=stack.client_env({"SSH_AUTH_SOCK": str(path)}), check=True)
+    yield path, key.with_suffix(".pub").read_text()
+    process.kill()
+    process.wait(10)
+
+
+@able("agent")
+def test_a_program_reaches_the_agent_of_the_client(stack, client, agent):
+    path, line = agent
+    r = client.run(stack, "ssh-add -L && ssh-add -L", agent=path)
+    assert r.out.decode() == line * 2 and r.status == 0, r
+
+
+@able("agent")
+def test_without_being_asked_no_agent_is_forwarded(stack, client):
+    r = client.run(stack, 'echo "agent: $SSH_AUTH_SOCK"')
+    assert r.out == b"agent: \n", r
+
+
 # ---------------------------------------------------------------------------------------------------- the client goes away
 
 @able("killed")
@@ -269,11 +425,18 @@ def test_a_client_that_begins_with_a_key_is_let_in_with_any(stack, client, key):
     assert client.run(stack, "id -un", auth="key", key=key).out.decode() == stack.user + "\n"
 
 
+def is_post_quantum():
+    return "missing: post-quantum key exchange" not in subprocess.run([BIN / "posternd", "--version"], capture_output=True, text=True).stdout
+
+
 @pytest.mark.parametrize("client", ["openssh-forky"], indirect=True)
 def test_a_new_openssh_does_not_warn_of_a_key_exchange_that_a_quantum_computer_breaks(stack, client):
     assert isinstance(client, OpenSSHForky)
     r = client.run(stack, "true", options=["LogLevel DEBUG1"])
     text = r.err.decode()
+    if not is_post_quantum():
+        assert r.status == 0 and "post-quantum" in text.lower(), "system-static with a libssh before 0.12: the client warns, and our version has said why"
+        return
     assert r.status == 0 and "post-quantum" not in text.lower(), text
     assert "kex: algorithm: mlkem768x25519-sha256" in text or "kex: algorithm: sntrup761x25519-sha512" in text, text
     assert client.run(stack, "true").err == b"", "and says nothing at all"

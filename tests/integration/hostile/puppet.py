@@ -10,6 +10,7 @@ Each worker that posternd has forked hands its socket to us; what posternd or po
 from __future__ import annotations
 
 import array
+import base64
 import contextlib
 import json
 import os
@@ -42,8 +43,16 @@ def text(value: bytes, size: int, length: int | None = None) -> bytes:
     return struct.pack("<I", len(value) if length is None else length) + value[:size].ljust(size, b"\0")
 
 
-def ask_sign(data: bytes, key: int = 0, digest: int = 0, length: int | None = None) -> bytes:
-    return struct.pack("<IB3x", key, digest) + text(data, 64, length)
+def ask_sign(data: bytes, key: int = 0, digest: int = 0, length: int | None = None, purpose: int = 0) -> bytes:
+    """`key`: net.h's key_id(); Worker.key_ids has them."""
+    return struct.pack("<IBB2x", key, digest, purpose) + text(data, 64, length)
+
+
+def key_id(blob: bytes) -> int:
+    hash_ = 2166136261
+    for byte in blob:
+        hash_ = (hash_ ^ byte) * 16777619 & 0xFFFFFFFF
+    return hash_
 
 
 def ask_login(user: bytes, method: int = 0, version: bytes = b"SSH-2.0-hostile", length: int | None = None, version_length: int | None = None) -> bytes:
@@ -114,6 +123,7 @@ class Worker:
         self.session: socket.socket | None = None
         self.tcp: socket.socket | None = None  # the client itself: ours
         self.fds: list[int] = []
+        self.key_ids: list[int] = []  # ed25519, ecdsa, rsa
 
     # ---- the sockets
 
@@ -170,8 +180,9 @@ class Worker:
 
     # ---- the honest way
 
-    def sign(self, data: bytes | None = None, **kw) -> bytes:
-        self.tell(ASK_SIGN, ask_sign(os.urandom(32) if data is None else data, **kw))
+    def sign(self, data: bytes | None = None, key: int = 0, **kw) -> bytes:
+        """With the `key`th host key; a number that no key has goes out as it is."""
+        self.tell(ASK_SIGN, ask_sign(os.urandom(32) if data is None else data, key=self.key_ids[key] if key < len(self.key_ids) else key, **kw))
         said = self.heard()
         assert said is not None and said.type == SIGNATURE, f"no signature: {said}"
         return said.body[4 : 4 + struct.unpack_from("<I", said.body)[0]]
@@ -256,6 +267,8 @@ class Puppet:
         try:
             self.stack.relay.start()
             self.stack.posternd.start()
+            keys = json.loads(self.stack.postern("host-keys", "--json").text)["host_keys"]
+            self.key_ids = [key_id(base64.b64decode(k["line"].split()[1])) for k in keys]
         except BaseException:
             self.stop()
             raise
@@ -296,7 +309,7 @@ class Puppet:
                     w.close()
                     continue
                 assert said.type == SERVE and len(said.fds) == 1, said
-                w.client_end, w.tcp = said.fds[0], tcp
+                w.client_end, w.tcp, w.key_ids = said.fds[0], tcp, self.key_ids
                 w.fds.remove(said.fds[0])
                 with socket.socket(fileno=os.dup(w.client_end)) as c:
                     try:

@@ -20,7 +20,8 @@ class Sshd:
     Its logins are by a throw-away key, because it knows no identity network.
     """
 
-    def __init__(self, stack: Stack, work: pathlib.Path, more: str = ""):
+    def __init__(self, stack: Stack, work: pathlib.Path, more: str = "", listen: tuple[str, int] | None = None, prefix=()):
+        """`listen`: address and port, in the network namespace that `prefix` ("ip netns exec …") enters."""
         self.stack, self.work = stack, work
         work.mkdir(mode=0o755)
         etc = work / "etc"
@@ -30,16 +31,15 @@ class Sshd:
         passwd = (etc / "passwd").read_text()
         if "\nsshd:" not in passwd:
             (etc / "passwd").write_text(passwd + "sshd:x:64998:65534::/run/sshd:/usr/sbin/nologin\n")
-        self.made_run = not os.path.isdir("/run/sshd")
-        os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
+        os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # compiled in; left there, because other tests' sshd may need it at any time
         for name in ("host", "key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", work / name], check=True)
         shutil.copy(work / "key.pub", work / "authorized")
         os.chmod(work / "authorized", 0o644)
-        self.port = _free_port(stack.server)
+        self.address, self.port = listen or (stack.server, _free_port(stack.server))
         (work / "sshd_config").write_text(f"""\
 Port {self.port}
-ListenAddress {stack.server}
+ListenAddress {self.address}
 HostKey {work}/host
 PidFile none
 UsePAM yes
@@ -58,7 +58,7 @@ LogLevel DEBUG
         libraries = next((FOLDER / "lib").glob("*/libwrap.so.0"), None) or next((FOLDER / "usr/lib").glob("*/libwrap.so.0"))
         self.log = open(work / "log", "wb")
         self.process = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "sh", "-c", 'mount --bind "$1" /etc && shift && exec "$@"', "sh", str(etc),
+            [*prefix, "unshare", "--mount", "--propagation", "private", "sh", "-c", 'mount --bind "$1" /etc && shift && exec "$@"', "sh", str(etc),
              str(FOLDER / "usr/sbin/sshd"), "-D", "-e", "-f", str(work / "sshd_config")],
             stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, start_new_session=True,
             env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LD_LIBRARY_PATH": str(libraries.parent)})
@@ -66,8 +66,7 @@ LogLevel DEBUG
 
         def listens():
             assert self.process.poll() is None, (work / "log").read_text()
-            with socket.socket() as s:
-                return s.connect_ex((stack.server, self.port)) == 0
+            return "Server listening on" in (work / "log").read_text()
         wait_until(listens, "sshd listens")
         (work / "known").write_text(f"[{stack.server}]:{self.port} {(work / 'host.pub').read_text()}")
 
@@ -82,5 +81,3 @@ LogLevel DEBUG
         self.process.terminate()
         self.process.wait(10 * SLACK)
         self.log.close()
-        if self.made_run:
-            shutil.rmtree("/run/sshd", ignore_errors=True)

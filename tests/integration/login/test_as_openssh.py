@@ -116,7 +116,9 @@ def test_a_recorded_program_finds_the_same_as_an_unrecorded_one(both, way):
     stack, _, home = both
     plain = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.plain_alice, **kw), stack, home)
     recorded = facts(way, lambda c, **kw: stack.ssh_command(c, bind=stack.alice, **kw), stack, home)
-    for f, address in ((plain, stack.plain_alice), (recorded, stack.alice)):
+    for f, address, node in ((plain, stack.plain_alice, "plain-alice"), (recorded, stack.alice, "alice")):
+        assert f.pop("env:POSTERN_NODE") == node
+        del f["env:POSTERN_CONNECTION_ID"], f["env:POSTERN_USER"]
         for key in ("env:SSH_CLIENT", "env:SSH_CONNECTION"):
             f[key] = " ".join("CLIENT" if word == address else word for word in normal(key, f[key], stack, stack.port).split())
         for key in ("env:SSH_TTY", "tty"):

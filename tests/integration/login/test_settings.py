@@ -118,6 +118,16 @@ def test_every_program_says_its_version_and_helps(program):
     assert run(program, "--help").returncode == 0
 
 
+def test_the_version_names_the_ssh_library_how_it_was_built_and_what_it_lacks():
+    said = run("posternd", "--version").stdout
+    found = re.fullmatch(r"posternd [\d.]+ \(libssh (\d+)\.(\d+)\.\d+\S* (bundled|system-static)(; missing: [^;()\n]+)?\)\n", said)
+    assert found, said
+    series, mode, missing = (int(found[1]), int(found[2])), found[3], found[4] or ""
+    assert (mode == "bundled") == (missing == ""), said
+    assert ("post-quantum key exchange" in missing) == (series < (0, 12)), said
+    assert run("postern-net", "--version").stdout == said.replace("posternd", "postern-net"), "and the program that links it says the same"
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_daemon_whose_settings_are_missing_says_so_and_exits_with_1(program, tmp_path):
     r = run(program, "--config", tmp_path / "absent.toml")

@@ -71,7 +71,8 @@ def test_output_of_a_login_shell_is_what_the_screen_showed(net):
         terminal.send("echo mark-$((20+2))-shell; stty size\n")
         terminal.read_until(rb"mark-22-shell\r\n30 100\r\n")
         terminal.resize(40, 120)
-        terminal.send("stty size; exit 5\n")
+        # ssh may send what was typed before it sends the new size.
+        terminal.send("until [ \"$(stty size)\" != '30 100' ]; do sleep 0.05; done; stty size; exit 5\n")
         terminal.read_until(rb"40 120\r\n")
         assert terminal.wait() == 5
     recording = net.find_recording("mark-22-shell")

@@ -3,6 +3,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/pkg/sftp"
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/agent"
 )
 
 type request struct {
@@ -29,6 +31,9 @@ type request struct {
 	Rekey         uint64
 	Steps         [][]any
 	Stdin, Stdout string
+	Agent         string
+	Target        []any
+	PortFile      string `json:"port_file"`
 	Count         int
 }
 
@@ -100,6 +105,14 @@ func run(client *ssh.Client, r request, a *answer) error {
 		}
 		if err := session.RequestPty(r.Pty.Term, r.Pty.Rows, r.Pty.Cols, modes); err != nil {
 			return fmt.Errorf("pty: %w", err)
+		}
+	}
+	if r.Agent != "" {
+		if err := agent.ForwardToRemote(client, r.Agent); err != nil {
+			return err
+		}
+		if err := agent.RequestAgentForwarding(session); err != nil {
+			return fmt.Errorf("agent: %w", err)
 		}
 	}
 	out := &output{}
@@ -265,6 +278,79 @@ func channels(client *ssh.Client, r request, a *answer) error {
 	return nil
 }
 
+// whole reads all that a mirror says or hears (../lib/common.py, Mirror).
+func whole(from io.Reader) ([]byte, error) {
+	head := make([]byte, 8)
+	if _, err := io.ReadFull(from, head); err != nil {
+		return nil, err
+	}
+	got := make([]byte, 8+binary.BigEndian.Uint64(head))
+	copy(got, head)
+	_, err := io.ReadFull(from, got[8:])
+	return got, err
+}
+
+func localForward(client *ssh.Client, r request, a *answer) error {
+	data, err := os.ReadFile(r.Stdin)
+	if err != nil {
+		return err
+	}
+	question := append(binary.BigEndian.AppendUint64(nil, uint64(len(data))), data...)
+	finished := make(chan error, r.Count)
+	for i := 0; i < r.Count; i++ {
+		conn, err := client.Dial("tcp", fmt.Sprintf("%v:%v", r.Target[0], r.Target[1]))
+		if err != nil {
+			return err
+		}
+		go func(i int) {
+			_, err := conn.Write(question)
+			var got []byte
+			if err == nil {
+				got, err = whole(conn)
+			}
+			conn.Close()
+			if err == nil {
+				err = os.WriteFile(fmt.Sprintf("%s.%d", r.Stdout, i), got[8:], 0o600)
+			}
+			finished <- err
+		}(i)
+	}
+	for i := 0; i < r.Count; i++ {
+		err = errors.Join(err, <-finished)
+	}
+	return err
+}
+
+func remoteForward(client *ssh.Client, r request, a *answer) error {
+	listener, err := client.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	port := listener.Addr().(*net.TCPAddr).Port
+	if err := os.WriteFile(r.PortFile+".new", []byte(fmt.Sprint(port)), 0o600); err != nil {
+		return err
+	}
+	if err := os.Rename(r.PortFile+".new", r.PortFile); err != nil {
+		return err
+	}
+	for i := 0; i < r.Count; i++ {
+		conn, err := listener.Accept()
+		if err != nil {
+			return err
+		}
+		got, err := whole(conn)
+		if err == nil {
+			_, err = conn.Write(got)
+		}
+		if err != nil {
+			return err
+		}
+		io.Copy(io.Discard, conn) // the other end has it all when it closes
+		conn.Close()
+	}
+	return listener.Close()
+}
+
 func talk(r request, a *answer) error {
 	config := &ssh.ClientConfig{User: r.User}
 	config.RekeyThreshold = r.Rekey
@@ -306,10 +392,18 @@ func talk(r request, a *answer) error {
 	}
 	client := ssh.NewClient(conn, chans, requests)
 	defer client.Close()
-	return map[string]func(*ssh.Client, request, *answer) error{"run": run, "sftp": doSftp, "channels": channels}[r.Do](client, r, a)
+	return map[string]func(*ssh.Client, request, *answer) error{"run": run, "sftp": doSftp, "channels": channels,
+		"local": localForward, "remote": remoteForward}[r.Do](client, r, a)
 }
 
 func main() {
+	if len(os.Args) == 3 && os.Args[1] == "many" {
+		if err := holdMany(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	var r request
 	var a answer
 	err := json.Unmarshal([]byte(os.Args[1]), &r)

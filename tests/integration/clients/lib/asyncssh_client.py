@@ -87,10 +87,60 @@ async def channels(conn, request):
     return {"results": [(await p.communicate())[0] for p in opened]}
 
 
+async def ask_mirror(conn, request, i):
+    with open(request["stdin"], "rb") as f:
+        data = f.read()
+    reader, writer = await conn.open_connection(*request["target"])
+
+    async def send():
+        # Piece by piece: write() itself knows no window.
+        for at in range(0, len(question), 1 << 15):
+            writer.write(question[at:at + (1 << 15)])
+            await writer.drain()
+    question = common.Mirror.question(data)
+    sending = asyncio.ensure_future(send())
+    size = int.from_bytes(await reader.readexactly(8), "big")
+    got = await reader.readexactly(size)
+    await sending
+    writer.close()
+    with open(f"{request['stdout']}.{i}", "wb") as f:
+        f.write(got)
+
+
+async def local(conn, request):
+    await asyncio.gather(*(ask_mirror(conn, request, i) for i in range(request["count"])))
+    return {}
+
+
+async def remote(conn, request):
+    left, over = request["count"], asyncio.Event()
+
+    def accepted(_host, _port):
+        async def serve(reader, writer):
+            nonlocal left
+            head = await reader.readexactly(8)
+            data = head + await reader.readexactly(int.from_bytes(head, "big"))
+            for at in range(0, len(data), 1 << 15):
+                writer.write(data[at:at + (1 << 15)])
+                await writer.drain()
+            await reader.read()  # the other end has it all when it closes
+            writer.close()
+            left -= 1
+            if left == 0:
+                over.set()
+        return serve
+    listener = await conn.start_server(accepted, "127.0.0.1", 0, encoding=None)
+    common.told(request["port_file"], listener.get_port())
+    await over.wait()
+    listener.close()
+    return {}
+
+
 async def talk(request):
     secrets = {"none": dict(client_keys=None), "password": dict(client_keys=None, password=request.get("password")), "key": dict(client_keys=[request.get("key")])}
     if request.get("rekey"):
         secrets[request["auth"]]["rekey_bytes"] = request["rekey"]
+    algorithms = {k: request[v] for k, v in (("encryption_algs", "ciphers"), ("mac_algs", "macs")) if request.get(v)}
     rekeys = -1
     original = asyncssh.connection.SSHConnection.send_newkeys
 
@@ -100,8 +150,8 @@ async def talk(request):
         return original(self, k, h)
     asyncssh.connection.SSHConnection.send_newkeys = counted
     async with asyncssh.connect(request["host"], request["port"], local_addr=(request["bind"], 0), username=request["user"], known_hosts=None, config=None,
-                                agent_path=None, **secrets[request["auth"]]) as conn:
-        answer = await {"run": run, "sftp": sftp, "channels": channels}[request["do"]](conn, request)
+                                agent_path=request.get("agent"), agent_forwarding=bool(request.get("agent")), **algorithms, **secrets[request["auth"]]) as conn:
+        answer = await {"run": run, "sftp": sftp, "channels": channels, "local": local, "remote": remote}[request["do"]](conn, request)
     answer["rekeys"] = rekeys
     return answer
 

@@ -3,17 +3,22 @@
 Request (drivers.py makes it; node/client.js and go/main.go read the same):
     host, port, bind, user                   whom to ask, and from which of our addresses
     auth      "none" | "password" | "key"    which method is sent first; password, key (file) are its value
-    do        "run"                          one session: command (null: a shell), env, pty, rekey, and then
+    do        "run"                          one session: command (null: a shell), env, pty, rekey, agent (socket of one, to forward), ciphers, macs (asyncssh), and then
                  steps    [["expect", text], ["send", text], ["resize", cols, rows], ["signal", name], ["rekey"], ["eof"]]
                  stdin    a file to send before the end of input        stdout   a file for the output
               "sftp"     steps [["put", local, remote], ["get", remote, local], ["symlink", target, link], ["readlink", link], ["ls", folder]]
               "channels" count sessions of `command` at the same time: each is sent a line of its own once all are open
+              "local"    opens a connection to `target` [host, port] through the server and talks to the mirror there (mirror.py): sends the file
+                         `stdin`, writes what comes back to the file `stdout`; `count` connections at once, which all send the same
+              "remote"   has the server listen on 127.0.0.1, any port, writes the number to the file `port_file`, and is a mirror
+                         for the `count` connections that come
               "unix"     opens a channel to the unix socket `path` (libssh and ssh2 only, which look at the server's version first)
 Answer:
     out, err (base64), status, signal, core, rekeys (key exchanges after the first), results (of sftp, channels), or error
 """
 import base64
 import json
+import os
 import sys
 
 
@@ -73,6 +78,48 @@ class Script:
         if self.file:
             self.file.close()
         return {"out": base64.b64encode(self.out).decode(), "err": base64.b64encode(self.err).decode()}
+
+
+def told(port_file, port):
+    """Says which port it is; the name appears with its content."""
+    with open(port_file + ".new", "w") as f:
+        f.write(str(port))
+    os.rename(port_file + ".new", port_file)
+
+
+class Mirror:
+    """What is said to a mirror, and what it says (mirror.py): 8 bytes of length, big endian, and so many bytes, and the same comes back.
+    Nobody needs a half-close for it, which not every client has."""
+
+    @staticmethod
+    def question(data):
+        return len(data).to_bytes(8, "big") + data
+
+    @staticmethod
+    def whole(got):
+        return len(got) >= 8 and len(got) >= 8 + int.from_bytes(got[:8], "big")
+
+
+def ask_mirror(channel, data):
+    """Sends `data` on a channel and reads the answer: for a channel that is written to without a look at what comes. The mirror hears all first."""
+    channel.write(Mirror.question(data))
+    got = bytearray()
+    while not Mirror.whole(got):
+        piece = channel.read()
+        if piece is None:
+            raise Ended(f"the mirror ended after {len(got)} bytes")
+        got += piece[1]
+    return bytes(got[8:])
+
+
+def be_mirror(channel):
+    got = bytearray()
+    while not Mirror.whole(got):
+        piece = channel.read()
+        if piece is None:
+            raise Ended(f"the connection ended after {len(got)} bytes")
+        got += piece[1]
+    channel.write(bytes(got))
 
 
 def main(serve):

@@ -40,6 +40,9 @@ wait_closed = declare("libssh2_channel_wait_closed", c_int, c_void_p)
 exit_status = declare("libssh2_channel_get_exit_status", c_int, c_void_p)
 exit_signal = declare("libssh2_channel_get_exit_signal", c_int, c_void_p, POINTER(c_char_p), POINTER(c_size_t), POINTER(c_char_p), POINTER(c_size_t),
                       POINTER(c_char_p), POINTER(c_size_t))
+direct_tcpip = declare("libssh2_channel_direct_tcpip_ex", c_void_p, c_void_p, c_char_p, c_int, c_char_p, c_int)
+forward_listen = declare("libssh2_channel_forward_listen_ex", c_void_p, c_void_p, c_char_p, c_int, POINTER(c_int), c_int)
+forward_accept = declare("libssh2_channel_forward_accept", c_void_p, c_void_p)
 disconnect = declare("libssh2_session_disconnect_ex", c_int, c_void_p, c_int, c_char_p, c_char_p)
 sftp_init = declare("libssh2_sftp_init", c_void_p, c_void_p)
 sftp_open = declare("libssh2_sftp_open_ex", c_void_p, c_void_p, c_char_p, c_uint, c_ulong, c_long, c_int)
@@ -139,6 +142,28 @@ def run(session, request):
     return answer
 
 
+def local(session, request):
+    with open(request["stdin"], "rb") as f:
+        data = f.read()
+    host, port = request["target"]
+    opened = [Channel(session, session.check(direct_tcpip(session.handle, host.encode(), port, b"127.0.0.1", 0), "forward")) for _ in range(request["count"])]
+    for i, channel in enumerate(opened):
+        with open(f"{request['stdout']}.{i}", "wb") as f:
+            f.write(common.ask_mirror(channel, data))
+    return {}
+
+
+def remote(session, request):
+    port = c_int()
+    listener = session.check(forward_listen(session.handle, b"127.0.0.1", 0, byref(port), 16), "listen")
+    common.told(request["port_file"], port.value)
+    for _ in range(request["count"]):
+        handle = session.check(forward_accept(listener), "accept")
+        common.be_mirror(Channel(session, handle))
+        session.check(close(handle), "close")
+    return {}
+
+
 def sftp(session, request):
     s, results = session.check(sftp_init(session.handle), "sftp"), []
     buffer = ctypes.create_string_buffer(1 << 16)
@@ -194,7 +219,7 @@ def channels(session, request):
 
 def serve(request):
     session = Session(request)
-    answer = {"run": run, "sftp": sftp, "channels": channels}[request["do"]](session, request)
+    answer = {"run": run, "sftp": sftp, "channels": channels, "local": local, "remote": remote}[request["do"]](session, request)
     disconnect(session.handle, 11, b"done", b"")
     return answer
 

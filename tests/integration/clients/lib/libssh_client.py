@@ -1,5 +1,7 @@
 """libssh's client side (Debian's shared library, by ctypes) behind the interface of common.py."""
 import ctypes
+import select
+import socket
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
 import common
@@ -47,6 +49,11 @@ exit_status = declare("ssh_channel_get_exit_status", c_int, P)
 set_channel_callbacks = declare("ssh_set_channel_callbacks", c_int, P, P)
 close = declare("ssh_channel_close", c_int, P)
 disconnect = declare("ssh_disconnect", None, P)
+open_forward = declare("ssh_channel_open_forward", c_int, P, c_char_p, c_int, c_char_p, c_int)
+listen_forward = declare("ssh_channel_listen_forward", c_int, P, c_char_p, c_int, POINTER(c_int))
+accept_forward = declare("ssh_channel_accept_forward", P, P, c_int, POINTER(c_int))
+request_agent = declare("ssh_channel_request_auth_agent", c_int, P)
+set_callbacks = declare("ssh_set_callbacks", c_int, P, P)
 set_log_level = declare("ssh_set_log_level", c_int, c_int)
 set_log_callback = declare("ssh_set_log_callback", c_int, P)
 sftp_new = declare("sftp_new", P, P)
@@ -117,6 +124,7 @@ class Channel:
         self.session, self.handle = session, handle
         self.buffer = ctypes.create_string_buffer(1 << 16)
         self.signal_name, self.core = None, False
+        self.agent = None
 
         @SIGNAL
         def signalled(_session, _channel, name, core, _text, _language, _data):
@@ -135,6 +143,8 @@ class Channel:
                     raise RuntimeError(f"read: {error(self.session.handle).decode()}")
             if is_eof(self.handle) or not is_open(self.handle):
                 return None
+            if self.agent:
+                self.agent.carry()
             poll_timeout(self.handle, 50, 0)  # it watches one stream only: a short turn each
 
     def write(self, data):
@@ -158,6 +168,9 @@ def run(session, request):
         session.check(request_env(handle, name.encode(), value.encode()), "env")
     if pty := request.get("pty"):
         session.check(request_pty(handle, pty["term"].encode(), pty["cols"], pty["rows"]), "pty")
+    if request.get("agent"):
+        channel.agent = AgentForward(session, request["agent"])
+        session.check(request_agent(handle), "agent")
     if request["command"] is None:
         session.check(request_shell(handle), "shell")
     else:
@@ -168,6 +181,70 @@ def run(session, request):
     answer["status"] = None if channel.signal_name else status
     close(handle)
     return answer
+
+
+def local(session, request):
+    with open(request["stdin"], "rb") as f:
+        data = f.read()
+    opened = []
+    for _ in range(request["count"]):
+        handle = session.check(channel_new(session.handle), "channel")
+        session.check(open_forward(handle, request["target"][0].encode(), request["target"][1], b"127.0.0.1", 0), "forward")
+        opened.append(Channel(session, handle))
+    for i, channel in enumerate(opened):
+        with open(f"{request['stdout']}.{i}", "wb") as f:
+            f.write(common.ask_mirror(channel, data))
+    return {}
+
+
+def remote(session, request):
+    port = c_int()
+    session.check(listen_forward(session.handle, b"127.0.0.1", 0, ctypes.byref(port)), "listen")
+    common.told(request["port_file"], port.value)
+    for _ in range(request["count"]):
+        handle = session.check(accept_forward(session.handle, 60_000, ctypes.byref(port)), "accept?")
+        common.be_mirror(Channel(session, handle))
+        close(handle)
+    return {}
+
+
+AGENT = CFUNCTYPE(c_void_p, c_void_p, c_void_p)
+
+
+class SessionCallbacks(ctypes.Structure):
+    """struct ssh_callbacks_struct of libssh/callbacks.h, up to the agent's."""
+    _fields_ = [("size", c_size_t), ("userdata", P), ("others", P * 5), ("agent", AGENT)]
+
+
+class AgentForward:
+    """The server's channel to our agent. libssh has no more than the callback that accepts it: the bytes are carried here."""
+
+    def __init__(self, session, path):
+        self.session, self.path, self.open = session, path, []
+
+        @AGENT
+        def asked(handle, _data):
+            channel = channel_new(handle)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(self.path)
+            self.open.append((channel, sock))
+            return channel
+        self.callbacks = SessionCallbacks(size=ctypes.sizeof(SessionCallbacks), agent=asked)
+        session.check(set_callbacks(session.handle, ctypes.byref(self.callbacks)), "callbacks")
+        self.buffer = ctypes.create_string_buffer(1 << 16)
+
+    def carry(self):
+        for channel, sock in list(self.open):
+            n = read_nonblocking(channel, self.buffer, len(self.buffer), 0)
+            if n > 0:
+                sock.sendall(self.buffer.raw[:n])
+            if select.select([sock], [], [], 0)[0] and (data := sock.recv(1 << 16)):
+                while data:
+                    data = data[self.session.check(write(channel, data, len(data)), "write"):]
+            if n < 0 or is_eof(channel) or not is_open(channel):
+                close(channel)
+                sock.close()
+                self.open.remove((channel, sock))
 
 
 def sftp(session, request):
@@ -227,7 +304,7 @@ def unix(session, request):
 
 def serve(request):
     session = Session(request)
-    answer = {"run": run, "sftp": sftp, "channels": channels, "unix": unix}[request["do"]](session, request)
+    answer = {"run": run, "sftp": sftp, "channels": channels, "local": local, "remote": remote, "unix": unix}[request["do"]](session, request)
     answer["rekeys"] = REKEYS[0]
     disconnect(session.handle)
     return answer

@@ -76,6 +76,8 @@ def serve(request):
             raw.set_environment_variable(name, value)
         if pty := request.get("pty"):
             raw.get_pty(pty["term"], pty["cols"], pty["rows"])
+        if request.get("agent"):
+            paramiko.agent.AgentRequestHandler(raw)  # of SSH_AUTH_SOCK
         if request["command"] is None:
             raw.invoke_shell()
         else:
@@ -109,6 +111,21 @@ def serve(request):
         for raw in opened:
             results.append(raw.makefile("rb").read().decode())
         answer = {"results": results}
+    elif request["do"] == "local":
+        with open(request["stdin"], "rb") as f:
+            data = f.read()
+        opened = [Channel(transport.open_channel("direct-tcpip", tuple(request["target"]), ("127.0.0.1", 0))) for _ in range(request["count"])]
+        for i, channel in enumerate(opened):
+            with open(f"{request['stdout']}.{i}", "wb") as f:
+                f.write(common.ask_mirror(channel, data))
+        answer = {"rekeys": COUNTER.count - 1}
+    elif request["do"] == "remote":
+        common.told(request["port_file"], transport.request_port_forward("127.0.0.1", 0))
+        for _ in range(request["count"]):
+            incoming = transport.accept(60)
+            common.be_mirror(Channel(incoming))
+            incoming.close()
+        answer = {"rekeys": COUNTER.count - 1}
     client.close()
     return answer
 

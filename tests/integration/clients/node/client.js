@@ -102,13 +102,53 @@ function channels() {
   }
 }
 
+// Everything that a mirror says or hears (lib/common.py, Mirror) on one stream.
+function whole(stream, heard) {
+  let got = Buffer.alloc(0), done = false;
+  stream.on('data', (d) => {
+    got = Buffer.concat([got, d]);
+    if (!done && got.length >= 8 && got.length >= 8 + Number(got.readBigUInt64BE(0))) { done = true; heard(got); }
+  });
+}
+
+function local() {
+  const data = fs.readFileSync(request.stdin), head = Buffer.alloc(8);
+  head.writeBigUInt64BE(BigInt(data.length));
+  let left = request.count;
+  for (let i = 0; i < request.count; i++) {
+    client.forwardOut('127.0.0.1', 0, request.target[0], request.target[1], (e, stream) => {
+      if (e) return fail(e);
+      whole(stream, (got) => {
+        fs.writeFileSync(`${request.stdout}.${i}`, got.subarray(8));
+        stream.end();
+        if (--left === 0) answer({});
+      });
+      stream.write(Buffer.concat([head, data]));
+    });
+  }
+}
+
+function remote() {
+  let left = request.count;
+  client.on('tcp connection', (_details, accept) => {
+    const stream = accept();
+    whole(stream, (got) => stream.end(got));
+    stream.on('close', () => { if (--left === 0) answer({}); });
+  });
+  client.forwardIn('127.0.0.1', 0, (e, port) => {
+    if (e) return fail(e);
+    fs.writeFileSync(request.port_file + '.new', String(port));
+    fs.renameSync(request.port_file + '.new', request.port_file);
+  });
+}
+
 function unix() {
   try {
     client.openssh_forwardOutStreamLocal(request.path, (e, stream) => (e ? fail(e) : stream.end(answer({}))));
   } catch (e) { fail(e); }
 }
 
-client.on('ready', () => ({ run, sftp, channels, unix })[request.do]());
+client.on('ready', () => ({ run, sftp, channels, local, remote, unix })[request.do]());
 client.on('handshake', () => { rekeys++; });
 client.on('error', fail);
 client.on('close', () => fail(new Error('the connection was closed')));
@@ -116,4 +156,5 @@ const login = { host: request.host, port: request.port, localAddress: request.bi
 // ssh2 tries none first, unless it is told the methods.
 if (request.auth === 'password') login.authHandler = [{ type: 'password', username: request.user, password: request.password }];
 if (request.auth === 'key') login.authHandler = [{ type: 'publickey', username: request.user, key: fs.readFileSync(request.key) }];
+if (request.agent) Object.assign(login, { agent: request.agent, agentForward: true });
 client.connect(login);
