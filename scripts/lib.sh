@@ -9,10 +9,12 @@ export CCACHE_BASEDIR="$root" CCACHE_NOHASHDIR=1
 
 # Everything beyond a minimal Debian 12 (debootstrap --variant=minbase).
 packages_build="ca-certificates ccache cmake g++ make ninja-build pkg-config xz-utils debian-archive-keyring
-  catch2 libboost-dev libcli11-dev libfmt-dev libnghttp2-dev libpam0g-dev libseccomp-dev libsodium-dev libspdlog-dev libssl-dev
+  catch2 libaudit-dev libboost-dev libcli11-dev libfmt-dev libnghttp2-dev libpam0g-dev libseccomp-dev libsodium-dev libspdlog-dev libssl-dev
   libtomlplusplus-dev nlohmann-json3-dev"
+packages_system_static="libkrb5-dev libssh-dev patch zlib1g-dev"   # scripts/test --libssh system-static only
+packages_fuzz="clang libclang-rt-14-dev"                             # scripts/fuzz only
 packages_run="iproute2 libpam-modules libpam-runtime openssh-client openssh-sftp-server passwd procps util-linux"
-packages_test="asciinema libwrap0 python3 python3-asyncssh python3-paramiko python3-pytest python3-pytest-timeout python3-pytest-xdist
+packages_test="asciinema iptables libwrap0 nftables python3 python3-asyncssh python3-paramiko python3-pytest python3-pytest-timeout python3-pytest-xdist
   dropbear-bin libssh-4 libssh2-1 putty-tools
   ansible-core autossh curl git lftp mosh rsync sshfs"
 

@@ -87,7 +87,10 @@ Subsystem sftp /usr/lib/openssh/sftp-server
     def connection_memory(self, _client_address):
         """KiB PSS of all processes of all connections: the monitor (root) and its child (the user); not what the user runs."""
         pids = [p for p in world.tree(self.process.pid) if p != self.process.pid and world.exe(p) == str(BINARY)]
-        return sum(world.pss_kib(p) for p in pids), len(pids)
+        return sum(world.pss_kib(p) for p in pids) + world.pipe_kib(pids), len(pids)
+
+    def cpu_seconds(self):
+        return sum(world.cpu_seconds(p) for p in world.tree(self.process.pid))
 
     def all_memory(self):
         """KiB PSS of everything of this server, users' programs excluded."""

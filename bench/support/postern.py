@@ -105,7 +105,11 @@ class Postern:
 
     def connection_memory(self, client_address):
         pids = self._of_connections(client_address)
-        return sum(world.pss_kib(p) for p in pids), len(pids)
+        return sum(world.pss_kib(p) for p in pids) + world.pipe_kib(pids), len(pids)
+
+    def cpu_seconds(self):
+        """Of everything, recorders included. What a session left behind is its zygote's child, which waits for it."""
+        return sum(world.cpu_seconds(p) for p in self._processes())
 
     def all_memory(self):
         """KiB PSS of everything of Postern: broker, zygotes, warm workers, connections, relay, recorders; users' programs excluded."""

@@ -203,3 +203,39 @@ def pss_kib(pid):
     except OSError:
         pass
     return 0
+
+
+def cpu_seconds(pid):
+    """CPU time of a process and of its children that are gone and were waited for."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return sum(int(f) for f in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def pipe_kib(pids):
+    """KiB that the kernel keeps for the pipes of these processes: what lies in them, by whole pages (pipe(7)); each pipe once."""
+    import array
+    import fcntl
+    pipes = {}
+    for pid in pids:
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                link = os.readlink(f"/proc/{pid}/fd/{fd}")
+                if link.startswith("pipe:"):
+                    pipes.setdefault(link, f"/proc/{pid}/fd/{fd}")
+        except OSError:
+            pass
+    total = 0
+    for path in pipes.values():
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            continue
+        held = array.array("i", [0])
+        fcntl.ioctl(fd, 0x541B, held)  # FIONREAD
+        slots = fcntl.fcntl(fd, 1032) // 4096  # F_GETPIPE_SZ: one struct pipe_buffer (40 bytes) a page, whether used or not
+        os.close(fd)
+        total += (held[0] + 4095) // 4096 * 4 + (slots * 40 + 1023) // 1024
+    return total
