@@ -123,13 +123,20 @@ class Lines:
         def read():
             for line in process.stdout:
                 self._queue.put(line.decode(errors="replace").rstrip("\n"))
-            self._queue.put(None)
-        threading.Thread(target=read, daemon=True).start()
+        self._reader = threading.Thread(target=read, daemon=True)
+        self._reader.start()
 
     def take(self) -> list[str]:
         while not self._queue.empty():
             self.seen.append(self._queue.get())
         return self.seen
+
+    def to_the_end(self, seconds: float = 15) -> list[str]:
+        """All it prints until it is gone. A process that is gone has not been read to its end yet."""
+        self.process.wait(seconds * SLACK)
+        self._reader.join(seconds * SLACK)
+        assert not self._reader.is_alive(), "something holds its output open"
+        return self.take()
 
     def wait_for(self, text: str, seconds: float = 15) -> None:
         wait_until(lambda: text in self.take(), f"{text!r} from {self.process.args[-4:]}", seconds)
