@@ -49,9 +49,10 @@ std::string base_name(const std::string& path) {
   return slash == std::string::npos ? path : path.substr(slash + 1);
 }
 
-}  // namespace
-
-void run_as_user(const Launch& what, int cgroup_error) {
+/// What the child does between fork and exec: fresh signals, own session, terminal, limits, the user, nothing open but 0, 1, 2, exec.
+/// Anything that fails is a line on its stderr and an exit; a shell with wrong ids is never run.
+/// `cgroup_error`: fork_into()'s.
+[[noreturn]] void run_as_user(const Launch& what, int cgroup_error) {
   ::prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0);
   fresh_signals();
   if (::dup2(what.error, STDERR_FILENO) < 0 || ::dup2(what.input, STDIN_FILENO) < 0 || ::dup2(what.output, STDOUT_FILENO) < 0)
@@ -97,17 +98,23 @@ void run_as_user(const Launch& what, int cgroup_error) {
   ::_exit(could_not_execute);
 }
 
-Expected<pid_t> launch(const Launch& what) {
-  // All signals blocked across fork: none may run a handler of ours in the child before it has fresh ones.
+}  // namespace
+
+Expected<pid_t> launch(const Launch& what, bool sibling) {
+  // All signals blocked across fork: none may run a handler of ours in the child, nor be lost to one that we ignore, before it has fresh ones.
   sigset_t all, before;
   ::sigfillset(&all);
   ::sigprocmask(SIG_BLOCK, &all, &before);
-  const auto child = fork_into(what.cgroup);
+  const auto child = fork_into(what.cgroup, sibling);
   if (child.pid == 0) run_as_user(what, child.cgroup_error);
   const int e = errno;
   ::sigprocmask(SIG_SETMASK, &before, nullptr);
   if (child.pid < 0) return Unexpected{system_error("fork a program", e)};
   return child.pid;
+}
+
+void signal_program(pid_t program, int signal) {
+  if (::kill(-program, signal) != 0 && errno == ESRCH) ::kill(program, signal);
 }
 
 }  // namespace postern::pty

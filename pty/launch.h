@@ -28,12 +28,12 @@ struct Launch {
 inline constexpr int could_not_become_user = 255;
 inline constexpr int could_not_execute = 1;
 
-/// Forks; the child never returns. The descriptors stay the caller's.
-Expected<pid_t> launch(const Launch& what);
+/// Forks; the child never returns. The descriptors stay the caller's. `sibling`: fork_into()'s.
+Expected<pid_t> launch(const Launch& what, bool sibling = false);
 
-/// What the child does between fork and exec: fresh signals, own session, terminal, limits, the user, nothing open but 0, 1, 2, exec.
-/// Anything that fails is a line on its stderr and an exit; a shell with wrong ids is never run.
-/// `cgroup_error`: fork_into()'s.
-[[noreturn]] void run_as_user(const Launch& what, int cgroup_error);
+/// Sends `signal` to the process group of a program that launch() began and that nobody has reaped yet (its number can then be nobody else's). A
+/// program has no group of its own before it comes to setsid(2): until then the signal goes to the process alone, and waits there for the
+/// dispositions that the program is to begin with. So one that is told to go as it starts does not stay.
+void signal_program(pid_t program, int signal);
 
 }  // namespace postern::pty

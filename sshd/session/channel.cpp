@@ -154,8 +154,7 @@ void SessionChannel::window_change(const ch::WindowChange& request) {
 }
 
 void SessionChannel::signal(std::string_view name) {
-  // The group of our own child, which is not reaped yet: its number cannot be anybody else's.
-  if (const int s = signal_number(name); s != 0 && pid_ > 0) ::kill(-pid_, s);
+  if (const int s = signal_number(name); s != 0 && pid_ > 0) pty::signal_program(pid_, s);
 }
 
 bool SessionChannel::send_break() {
@@ -637,8 +636,8 @@ void SessionChannel::closed() {
     // Of a terminal also the group in the foreground; the kernel does it when the last leader closes, and net's may close later.
     if (terminal_ && terminal_->leader)
       if (const pid_t front = ::tcgetpgrp(terminal_->leader.get()); front > 1 && front != pid_) ::kill(-front, SIGHUP);
-    ::kill(-pid_, SIGHUP);
-    ::kill(-pid_, SIGCONT);  // a stopped group would never see it
+    pty::signal_program(pid_, SIGHUP);
+    pty::signal_program(pid_, SIGCONT);  // a stopped group would never see it
   }
   stop_reading('o');
   stop_reading('e');

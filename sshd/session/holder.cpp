@@ -147,9 +147,8 @@ Launched serve_launch(const Message& m, const std::function<void(const std::stri
   if (!login_path.empty()) what.before = [&] { log_in(login_path); };
   // The limits are this process's own: nothing to apply. A sibling, not a child: whose exit it is belongs to postern-session
   // (clone(2): the exit signal is then that of the caller, SIGCHLD).
-  const auto child = fork_into(what.cgroup, true);
-  if (child.pid == 0) pty::run_as_user(what, child.cgroup_error);
-  return {static_cast<std::int32_t>(child.pid > 0 ? child.pid : 0), child.pid > 0 ? 0 : errno};
+  const auto child = pty::launch(what, true);
+  return child ? Launched{static_cast<std::int32_t>(*child), 0} : Launched{0, child.error().code};
 }
 
 /// The forward helper, as the user's programs: with the limits, the scope and the namespaces that the modules left.
