@@ -304,7 +304,7 @@ class Side:
         if case.numbers:
             seen: dict[str, str] = {}
             text = re.sub(r"\b\d{3,}\b", lambda m: seen.setdefault(m[0], f"N{len(seen)}"), text)
-            text = re.sub(r" +", " ", text)
+            text = re.sub(r"(?m)^ +| +(?= )", "", text)  # columns are as wide as the numbers were
         return text
 
     def run(self, case: Case) -> Seen:
