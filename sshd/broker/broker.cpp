@@ -142,7 +142,8 @@ void Broker::set_up(std::function<void(Expected<Done>)> ready) {
 
   net::ZygoteHello& net_hello = net_hello_;
   net_hello.as_root = as_root_;
-  net_hello.strict = config_.ssh.algorithms == "strict";
+  const std::string& algorithms = config_.ssh.algorithms;
+  net_hello.algorithms = algorithms == "strict" ? net::Algorithms::strict : algorithms == "legacy" ? net::Algorithms::legacy : net::Algorithms::compatible;
   if (as_root_) {
     const passwd* user = ::getpwnam(config_.sandbox.user.c_str());
     if (user == nullptr || user->pw_uid == 0)

@@ -175,7 +175,7 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
   });
   r.table("log", [&] { r.one_of("level", c.log.level, {"trace", "debug", "info", "warning", "error"}); });
   r.table("ssh", [&] {
-    r.one_of("algorithms", c.ssh.algorithms, {"compatible", "strict"});
+    r.one_of("algorithms", c.ssh.algorithms, {"compatible", "strict", "legacy"});
     r.text("version_string", c.ssh.version_string);
     const auto& v = c.ssh.version_string;
     const bool printable = std::all_of(v.begin(), v.end(), [](unsigned char ch) { return ch > 0x20 && ch < 0x7f && ch != '-'; });

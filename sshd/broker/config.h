@@ -109,7 +109,7 @@ struct Config {
     bool auditd = true;   ///< the kernel's audit, where it is
   } audit;
   struct Ssh {
-    std::string algorithms = "compatible";  ///< or "strict"
+    std::string algorithms = "compatible";  ///< or "strict", "legacy"
     std::string version_string = "OpenSSH_9.9_Postern_0.1";  ///< clients look for OpenSSH and its number: docs/CLIENTS.md
     std::chrono::milliseconds tcp_keepalive{60'000};      ///< 0: off
     std::chrono::milliseconds tcp_user_timeout{900'000};  ///< 0: the kernel's

@@ -254,7 +254,8 @@ std::string LocalKey::sign(Digest, std::string_view data) const {
   return result;
 }
 
-Expected<std::unique_ptr<Server>> Server::make(const std::vector<std::string>& blobs, const std::string& version, bool strict) {
+Expected<std::unique_ptr<Server>> Server::make(const std::vector<std::string>& blobs, const std::string& version, Algorithms algorithms) {
+  const bool strict = algorithms == Algorithms::strict, legacy = algorithms == Algorithms::legacy;
   std::unique_ptr<Server> server{new Server};
   server->bind_ = ssh_bind_new();
   if (server->bind_ == nullptr) return Unexpected{Error{ENOMEM, "make the SSH server settings"}};
@@ -265,22 +266,25 @@ Expected<std::unique_ptr<Server>> Server::make(const std::vector<std::string>& b
   const auto set = [&](ssh_bind_options_e option, const void* value) { return ssh_bind_options_set(server->bind_, option, value) == SSH_OK; };
   if (!set(SSH_BIND_OPTIONS_PROCESS_CONFIG, &no)) return fail("switch the configuration file off");
   if (!set(SSH_BIND_OPTIONS_BANNER, version.c_str())) return fail("set the version string");
-  // Post-quantum first. No group exchange (it reads /etc/ssh/moduli), no group18 (its cost before authentication), no SHA-1, no zlib, no NIST
-  // curves and no group14 (ssh-audit fails and warns of them). Kept in spite of a warning, each for clients of docs/CLIENTS.md that have nothing
-  // better: curve25519 under both names (dropbear, libssh, libssh2; paramiko), group16 (clients in FIPS mode have no curve25519).
-  // `strict` leaves these out, and ecdsa host keys.
+  // Post-quantum first. No group exchange (it reads /etc/ssh/moduli), no group18 (its cost before authentication), no SHA-1, no zlib. Kept in spite
+  // of a warning, each for clients of docs/CLIENTS.md that have nothing better: curve25519 under both names (dropbear, libssh, libssh2; paramiko),
+  // group16 (clients in FIPS mode have no curve25519). `strict` leaves these out, and ecdsa host keys. NIST curves and group14, of which
+  // ssh-audit fails and warns, with `legacy` only (net-ssh without its x25519 gem, JSch before 0.1.56).
   // Strict key exchange (CVE-2023-48795) is always on in libssh >= 0.10.6.
-  if (!set(SSH_BIND_OPTIONS_KEY_EXCHANGE,
-           strict ? "mlkem768x25519-sha256,sntrup761x25519-sha512,sntrup761x25519-sha512@openssh.com"
-                  : "mlkem768x25519-sha256,sntrup761x25519-sha512,sntrup761x25519-sha512@openssh.com,curve25519-sha256,curve25519-sha256@libssh.org,"
-                    "diffie-hellman-group16-sha512"))
+  std::string key_exchange = "mlkem768x25519-sha256,sntrup761x25519-sha512,sntrup761x25519-sha512@openssh.com";
+  if (!strict) key_exchange += ",curve25519-sha256,curve25519-sha256@libssh.org,diffie-hellman-group16-sha512";
+  if (legacy) key_exchange += ",ecdh-sha2-nistp256,ecdh-sha2-nistp384,ecdh-sha2-nistp521,diffie-hellman-group14-sha256";
+  if (!set(SSH_BIND_OPTIONS_KEY_EXCHANGE, key_exchange.c_str()))
     return fail("set the key exchange algorithms");
   for (const auto option : {SSH_BIND_OPTIONS_CIPHERS_C_S, SSH_BIND_OPTIONS_CIPHERS_S_C})
     if (!set(option, "chacha20-poly1305@openssh.com,aes256-gcm@openssh.com,aes128-gcm@openssh.com,aes256-ctr,aes192-ctr,aes128-ctr"))
       return fail("set the ciphers");
+  std::string macs = "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com";
+  // For libssh2 before 1.11, which has neither AEAD nor EtM; sequence numbers and our padding check hold there as well.
+  if (!strict) macs += ",hmac-sha2-256";
+  if (legacy) macs += ",hmac-sha2-512";
   for (const auto option : {SSH_BIND_OPTIONS_HMAC_C_S, SSH_BIND_OPTIONS_HMAC_S_C})
-    // The last one for libssh2 before 1.11, which has neither AEAD nor EtM; sequence numbers and our padding check hold there as well.
-    if (!set(option, strict ? "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com" : "hmac-sha2-256-etm@openssh.com,hmac-sha2-512-etm@openssh.com,hmac-sha2-256"))
+    if (!set(option, macs.c_str()))
       return fail("set the message authentication codes");
   for (const auto key : host_keys) ssh_key_free(key);
   host_keys.clear();

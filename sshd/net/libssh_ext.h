@@ -54,7 +54,7 @@ class LocalKey {
 class Server {
  public:
   /// `blobs`: SSH wire form (RFC 4253 section 6.6); the first of each type is offered. `version`: what follows "SSH-2.0-".
-  static Expected<std::unique_ptr<Server>> make(const std::vector<std::string>& blobs, const std::string& version, bool strict = false);
+  static Expected<std::unique_ptr<Server>> make(const std::vector<std::string>& blobs, const std::string& version, Algorithms algorithms = Algorithms::compatible);
   ~Server();
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;

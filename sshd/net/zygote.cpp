@@ -105,7 +105,7 @@ bool Zygote::start() {
   }
   std::vector<std::string> blobs;
   for (std::uint32_t i = 0; i < hello->key_count; i++) blobs.emplace_back(hello->keys[i].blob.get());
-  auto server = ext::Server::make(blobs, std::string{hello->version_string.get()}, hello->strict != 0);
+  auto server = ext::Server::make(blobs, std::string{hello->version_string.get()}, hello->algorithms);
   if (!server) {
     spdlog::error("event=net_start_failed reason={}", safe_quoted(server.error().doing));
     return false;

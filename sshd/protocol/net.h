@@ -50,11 +50,18 @@ constexpr std::uint32_t key_id(std::string_view blob) noexcept {
   return hash;
 }
 
+/// Which algorithms a client is offered ([ssh] algorithms). The values are of a message.
+enum class Algorithms : std::uint8_t {
+  compatible = 0,
+  strict = 1,  ///< only those of which nobody warns
+  legacy = 2,  ///< also what clients need that know neither curve25519 nor group16
+};
+
 /// What the zygote needs before its first fork. As root it unshares (net, mount, ipc, uts), enters an empty root and becomes
 /// uid/gid; as an ordinary user (`as_root` 0) it does what the kernel lets it and says in ZygoteReady what is missing.
 struct ZygoteHello {
   std::uint8_t as_root = 0;
-  std::uint8_t strict = 0;  ///< only algorithms of which nobody warns
+  Algorithms algorithms = Algorithms::compatible;
   std::uint8_t spare[2] = {};
   std::uint32_t uid = 0;  ///< postern-net
   std::uint32_t gid = 0;

@@ -70,3 +70,20 @@ def test_strict_algorithms_leave_ssh_audit_nothing_to_say_and_current_clients_ge
     assert stack.ssh("true", bind=stack.plain_alice).code == 0
     refused = stack.ssh("true", bind=stack.plain_alice, options=["KexAlgorithms=curve25519-sha256"])
     assert refused.code == 255 and "no matching key exchange method" in refused.errors
+
+
+OLD = {"KexAlgorithms": ["ecdh-sha2-nistp256", "ecdh-sha2-nistp384", "ecdh-sha2-nistp521", "diffie-hellman-group14-sha256"], "MACs": ["hmac-sha2-512"]}
+
+
+def test_legacy_algorithms_let_old_clients_in_and_only_where_they_are_asked_for(make_stack, stack):
+    old = make_stack(posternd={"ssh": {"algorithms": "legacy"}})
+    for option, names in OLD.items():
+        for name in names:
+            options = [f"{option}={name}", "Ciphers=aes128-ctr"]
+            assert old.ssh("true", bind=old.plain_alice, options=options).code == 0, name
+            refused = stack.ssh("true", bind=stack.plain_alice, options=options)
+            assert refused.code == 255 and "no matching" in refused.errors, name
+    best = old.ssh("true", bind=old.plain_alice, options=["LogLevel=DEBUG1", "KexAlgorithms=diffie-hellman-group14-sha256,ecdh-sha2-nistp256,curve25519-sha256"])
+    assert best.code == 0 and "kex: algorithm: diffie-hellman-group14-sha256" in best.errors, "the client's order decides (RFC 4253 section 7.1)"
+    gone = old.ssh("true", bind=old.plain_alice, options=["KexAlgorithms=diffie-hellman-group14-sha1"])
+    assert gone.code == 255 and "no matching key exchange method" in gone.errors, "never SHA-1"
