@@ -29,7 +29,7 @@ function(postern_add_libssh archive build source)
   target_link_libraries(postern_libssh INTERFACE ${archive} ${ARGN} OpenSSL::Crypto Threads::Threads)
   # ld is silent when a name that is wrapped does not exist (any more): libssh_ext.cpp takes the address of __real_... as well.
   target_link_options(postern_libssh INTERFACE -Wl,--wrap=ssh_srv_pki_do_sign_sessionid -Wl,--wrap=ssh_buffer_get_u8 -Wl,--wrap=ssh_packet_decrypt
-    -Wl,--wrap=ssh_packet_hmac_verify -Wl,--gc-sections)
+    -Wl,--wrap=ssh_packet_hmac_verify -Wl,--wrap=ssh_packet_encrypt -Wl,--gc-sections)
   set_property(TARGET postern_libssh PROPERTY POSTERN_LIBSSH_PRIVATE_INCLUDES ${build})
 endfunction()
 

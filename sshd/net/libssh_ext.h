@@ -152,5 +152,7 @@ std::string library_version();
 /// That libssh's private structs are those that the private headers describe: an archive and headers that do not belong together would
 /// read and write beside each other. Part of the self-test.
 Expected<Done> check_layout();
+/// For its test: with a cipher that fails, nothing of the packet is left to be sent, and the session is over.
+bool failed_encryption_leaves_no_plaintext();
 
 }  // namespace postern::sshd::net::ext

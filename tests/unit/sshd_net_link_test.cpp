@@ -125,6 +125,8 @@ TEST_CASE("libssh's structs are those of the headers that we were compiled with"
   CHECK(fits);
 }
 
+TEST_CASE("a packet that cannot be encrypted is not sent in the clear", "[net][libssh]") { CHECK(ext::failed_encryption_leaves_no_plaintext()); }
+
 TEST_CASE("the version that is named is that of the libssh that is linked", "[net][libssh]") {
   const std::string text = POSTERN_LIBSSH_TEXT, version = ext::library_version();
   INFO(text << " / " << version);
