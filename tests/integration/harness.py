@@ -228,11 +228,15 @@ class Accounts:
 
     @staticmethod
     def _sweep():
-        """Users that a killed test run left behind."""
+        """Users that a killed test run left behind, and what still runs as one of them."""
         with _account_lock():
             for entry in pwd.getpwall():
                 m = re.fullmatch(r"postern tests pid (\d+)", entry.pw_gecos.split(",")[0])
                 if m and not os.path.exists(f"/proc/{m[1]}"):
+                    # What made itself independent of its session would be taken for a program of the next user, who gets the same uid.
+                    for victim in [p for p in processes().values() if p.uid == entry.pw_uid]:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(victim.pid, signal.SIGKILL)
                     subprocess.run(["userdel", "-f", entry.pw_name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                     if entry.pw_dir.startswith("/tmp/postern-home-"):
                         shutil.rmtree(entry.pw_dir, ignore_errors=True)
