@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <utility>
@@ -30,21 +31,34 @@ FileWatch::FileWatch(boost::asio::io_context& io, std::string file, std::functio
   wait();
 }
 
-/// The folder of the file, and of each link on the way to what it names: whatever happens to the file happens in one of them.
+/// The folder of the file, and of each link on the way to what it names: whatever happens to the file happens in one of them. And the folder that each
+/// is in, for it may be replaced as a whole.
 void FileWatch::watch() {
-  std::filesystem::path at{file_};
+  namespace fs = std::filesystem;
+  const auto add = [this](const fs::path& folder) {
+    return ::inotify_add_watch(events_.native_handle(), folder.c_str(), IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR) >= 0;
+  };
+  fs::path at{file_};
+  bool all = true;
   for (int links = 0; links < 8; links++) {
-    const std::string folder = at.has_parent_path() ? at.parent_path().string() : ".";
-    if (::inotify_add_watch(events_.native_handle(), folder.c_str(), IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR) < 0)
-      spdlog::warn("event=file_not_watched file={} folder={} why={}", safe_quoted(file_), safe_quoted(folder), safe_quoted(std::strerror(errno)));
+    const fs::path folder = at.has_parent_path() ? at.parent_path() : fs::path{"."};
+    all = add(folder) && all;
+    const int error = errno;
+    if (!all && !std::exchange(warned_, true))
+      spdlog::warn("event=file_not_watched file={} folder={} why={}", safe_quoted(file_), safe_quoted(folder.string()), safe_quoted(std::strerror(error)));
     std::error_code ec;
+    add(fs::absolute(folder, ec).lexically_normal().parent_path());
     // The folder itself may be a link, too (..data).
-    const auto real = std::filesystem::weakly_canonical(at.has_parent_path() ? at.parent_path() : std::filesystem::path{"."}, ec);
-    if (!ec && real.string() != folder) ::inotify_add_watch(events_.native_handle(), real.c_str(), IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR);
-    const auto target = std::filesystem::read_symlink(at, ec);
-    if (ec) return;
+    const auto real = fs::weakly_canonical(folder, ec);
+    if (!ec && real != folder) {
+      add(real);
+      add(real.parent_path());
+    }
+    const auto target = fs::read_symlink(at, ec);
+    if (ec) break;
     at = target.is_absolute() ? target : at.parent_path() / target;
   }
+  if (all) warned_ = false;
 }
 
 void FileWatch::wait() {
@@ -61,7 +75,7 @@ std::string FileWatch::state() const {
   struct stat st {};
   if (::stat(file_.c_str(), &st) != 0) return {};
   return std::to_string(st.st_dev) + " " + std::to_string(st.st_ino) + " " + std::to_string(st.st_size) + " " + std::to_string(st.st_mtim.tv_sec) + "." +
-         std::to_string(st.st_mtim.tv_nsec);
+         std::to_string(st.st_mtim.tv_nsec) + " " + std::to_string(st.st_ctim.tv_sec) + "." + std::to_string(st.st_ctim.tv_nsec);  // rsync sets the first one back
 }
 
 void FileWatch::later() {

@@ -1,7 +1,5 @@
 #pragma once
 
-#include "base/unique_fd.h"
-
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -9,13 +7,12 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <vector>
 
 namespace postern {
 
-/// Says when a file may have changed: written, replaced by a rename, or (behind a symbolic link, as Kubernetes mounts its files) pointed to
-/// elsewhere. By inotify(7) on the folders, so the file need not be there. Several changes in 50 ms are one; other files in those folders are
-/// none.
+/// Says when a file may have changed: written, replaced by a rename, alone or with the folder that it is in, or (behind a symbolic link, as Kubernetes
+/// mounts its files) pointed to elsewhere. By inotify(7) on the folders, so the file need not be there. Several changes in 50 ms are one; other files in
+/// those folders are none.
 class FileWatch {
  public:
   FileWatch(boost::asio::io_context& io, std::string file, std::function<void()> changed);
@@ -27,7 +24,7 @@ class FileWatch {
   void watch();
   void wait();
   void later();
-  /// What tells one state of the file from another: device, inode, size, time. Empty: not there.
+  /// What tells one state of the file from another: device, inode, size, times. Empty: not there.
   std::string state() const;
 
   boost::asio::posix::stream_descriptor events_;
@@ -36,6 +33,7 @@ class FileWatch {
   std::function<void()> changed_;
   std::string last_;
   bool settling_ = false;
+  bool warned_ = false;  // that a folder is not there
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 

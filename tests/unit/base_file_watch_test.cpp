@@ -48,6 +48,37 @@ TEST_CASE("a file that is written, replaced, removed or made again is noticed, a
   CHECK(s.run(4) == 4);
 }
 
+TEST_CASE("a file whose folder is replaced as a whole, or made again, is noticed", "[broker][watch]") {
+  Scene s;
+  const fs::path folder = s.dir / "postern", next = s.dir / "postern.new";
+  fs::create_directory(folder);
+  s.write(folder / "policy", "one");
+  FileWatch watch{s.io, folder / "policy", [&] { s.changes++; }};
+  fs::create_directory(next);
+  s.write(next / "policy", "another");
+  fs::rename(folder, s.dir / "postern.old");
+  fs::rename(next, folder);
+  CHECK(s.run(1) == 1);
+  s.write(folder / "policy", "written in the new folder");
+  CHECK(s.run(2) == 2);
+  fs::remove_all(folder);
+  CHECK(s.run(3) == 3);
+  fs::create_directory(folder);
+  CHECK(s.run(3) == 3);
+  s.write(folder / "policy", "again");
+  CHECK(s.run(4) == 4);
+}
+
+TEST_CASE("a file of the same size that is set back in time is noticed", "[broker][watch]") {
+  Scene s;
+  s.write(s.dir / "policy", "one");
+  const auto time = fs::last_write_time(s.dir / "policy");
+  FileWatch watch{s.io, s.dir / "policy", [&] { s.changes++; }};
+  s.write(s.dir / "policy", "two");
+  fs::last_write_time(s.dir / "policy", time);
+  CHECK(s.run(1) == 1);
+}
+
 TEST_CASE("a file behind links that Kubernetes turns is noticed each time", "[broker][watch]") {
   Scene s;
   for (const char* version : {"v1", "v2", "v3"}) {
