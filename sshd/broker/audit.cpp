@@ -85,6 +85,7 @@ Expected<Done> Audit::open() {
     UniqueFd file{::open(settings_.file.c_str(), O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600)};
     if (!file) return Unexpected{system_error("audit.file: open " + settings_.file)};
     file_ = std::move(file);
+    torn_ = false;
   }
   if (!settings_.journal_socket.empty() && !journal_) journal_ = UniqueFd{::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)};
   // A kernel without it, or a container: EPROTONOSUPPORT, EINVAL, EPERM. Then there is no auditd either.
@@ -94,9 +95,12 @@ Expected<Done> Audit::open() {
 
 void Audit::tell(const char* event, const Fields& fields) {
   if (file_) {
-    const std::string line = audit_json(now_text(), event, fields) + "\n";
-    if (::write(file_.get(), line.data(), line.size()) != static_cast<ssize_t>(line.size()))
-      spdlog::error("event=audit_not_written file={} why={}", safe_quoted(settings_.file), safe_quoted(std::strerror(errno)));
+    // After one of which only a part found room this one begins a line of its own: one event is lost, not two.
+    const std::string line = (torn_ ? "\n" : "") + audit_json(now_text(), event, fields) + "\n";
+    const ssize_t written = ::write(file_.get(), line.data(), line.size());
+    if (written > 0) torn_ = line[static_cast<std::size_t>(written) - 1] != '\n';
+    if (written != static_cast<ssize_t>(line.size()))
+      spdlog::error("event=audit_not_written file={} why={}", safe_quoted(settings_.file), safe_quoted(written < 0 ? std::strerror(errno) : "no room for all of it"));
   }
   if (journal_) {
     sockaddr_un to{};

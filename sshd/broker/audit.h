@@ -33,6 +33,7 @@ class Audit {
  private:
   const Config::Audit& settings_;
   UniqueFd file_, journal_;
+  bool torn_ = false;  // the file ends in the middle of a line
   int kernel_ = -1;
 };
 
