@@ -1,6 +1,7 @@
 #include "sshd/broker/host_keys.h"
 
 #include "base/unique_fd.h"
+#include "sshd/protocol/ssh_wire.h"
 
 #include <boost/asio/post.hpp>
 
@@ -29,13 +30,6 @@ struct KeyFree {
 };
 using KeyPtr = std::shared_ptr<EVP_PKEY>;
 
-void put_u32(std::string& out, std::size_t n) {
-  for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(n >> shift & 0xff);
-}
-void put_string(std::string& out, std::string_view s) {
-  put_u32(out, s.size());
-  out += s;
-}
 std::string_view curve_of(EVP_PKEY* key) {
   switch (EVP_PKEY_get_bits(key)) {
     case 256: return "nistp256";
@@ -157,33 +151,6 @@ std::string sign_with(EVP_PKEY* key, net::Digest digest, std::string_view data) 
 
 constexpr std::size_t max_key_file = 32 * 1024;
 
-/// What is inside of ssh-keygen's own private keys (OpenSSH PROTOCOL.key), bounds-checked.
-class Reader {
- public:
-  explicit Reader(std::string_view bytes) : left_{bytes} {}
-  bool ok() const { return ok_; }
-  std::string_view bytes(std::size_t n) {
-    if (n > left_.size()) {
-      ok_ = false;
-      left_ = {};
-      return {};
-    }
-    const auto result = left_.substr(0, n);
-    left_.remove_prefix(n);
-    return result;
-  }
-  std::uint32_t u32() {
-    std::uint32_t n = 0;
-    for (const char c : bytes(4)) n = n << 8 | static_cast<unsigned char>(c);
-    return n;
-  }
-  std::string_view text() { return bytes(u32()); }
-
- private:
-  std::string_view left_;
-  bool ok_ = true;
-};
-
 struct ParamFree {
   void operator()(OSSL_PARAM_BLD* b) const { OSSL_PARAM_BLD_free(b); }
   void operator()(OSSL_PARAM* p) const { OSSL_PARAM_free(p); }
@@ -221,13 +188,13 @@ EVP_PKEY* openssh_key(std::string_view body, std::string& why) {
   constexpr std::string_view magic{"openssh-key-v1\0", 15};
   why = "damaged";
   if (body.substr(0, magic.size()) != magic) return nullptr;
-  Reader outer{body.substr(magic.size())};
+  WireView outer{body.substr(magic.size())};
   const auto cipher = outer.text();
   outer.text();  // key derivation
   outer.text();
   const auto keys = outer.u32();
   outer.text();  // public half
-  Reader r{outer.text()};
+  WireView r{outer.text()};
   if (!outer.ok() || keys != 1) return nullptr;
   if (cipher != "none") {
     why = "it has a passphrase (ssh-keygen -p takes it off)";

@@ -1,5 +1,7 @@
 #include "sshd/broker/refusal.h"
 
+#include "sshd/protocol/ssh_wire.h"
+
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/steady_timer.hpp>
@@ -12,25 +14,16 @@
 #include <utility>
 
 namespace postern::sshd::broker {
-namespace {
-
-void put_u32(std::string& out, std::uint32_t n) {
-  for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(n >> shift & 0xff);
-}
-
-}  // namespace
-
 std::string refusal(const std::string& version, std::string_view reason) {
   std::string payload;
   payload += static_cast<char>(1);  // SSH_MSG_DISCONNECT
   put_u32(payload, 1);              // SSH_DISCONNECT_HOST_NOT_ALLOWED_TO_CONNECT
-  put_u32(payload, static_cast<std::uint32_t>(reason.size()));
-  payload += reason;
-  put_u32(payload, 0);
+  put_string(payload, reason);
+  put_string(payload, {});
   std::size_t padding = 8 - (5 + payload.size()) % 8;
   if (padding < 4) padding += 8;
   std::string out = "SSH-2.0-" + version + "\r\n";
-  put_u32(out, static_cast<std::uint32_t>(1 + payload.size() + padding));
+  put_u32(out, 1 + payload.size() + padding);
   out += static_cast<char>(padding);
   out += payload;
   out.append(padding, '\0');

@@ -1,5 +1,7 @@
 #include "sshd/net/libssh_ext.h"
 
+#include "sshd/protocol/ssh_wire.h"
+
 // The only file that may include libssh's private headers. config.h is that of the library's own build: struct layouts depend on it.
 #include "config.h"
 extern "C" {
@@ -78,11 +80,6 @@ void send_packet(ssh_session session, const char* format, Parts... parts) {
     ssh_buffer_reinit(session->out_buffer);
 }
 
-void put_string(std::string& out, std::string_view text) {
-  for (int shift = 24; shift >= 0; shift -= 8) out += static_cast<char>(text.size() >> shift & 0xff);
-  out += text;
-}
-
 std::string blob_of(ssh_key key) {
   ssh_string blob = nullptr;
   std::string result;
@@ -156,7 +153,7 @@ int on_any(ssh_session session, std::uint8_t type, ssh_buffer packet, void*) {
   // An answer to an open that we did not ask for, or have an answer to: libssh takes number, window and packet size of it before it looks at the
   // channel's state. With a packet size of 0 it then writes packets of nothing for ever (as in CVE-2026-59843, which was about opens).
   if (type == SSH2_MSG_CHANNEL_OPEN_CONFIRMATION || type == SSH2_MSG_CHANNEL_OPEN_FAILURE) {
-    PacketView view{bytes_of(packet)};
+    WireView view{bytes_of(packet)};
     const ssh_channel channel = ssh_channel_from_local(session, view.u32());
     if (channel == nullptr) return SSH_PACKET_NOT_USED;  // libssh does nothing with it
     if (channel->state != SSH_CHANNEL_STATE_OPENING) return end(session, "an answer for a channel that was not being opened");
@@ -189,7 +186,7 @@ int on_channel_open(ssh_session session, std::uint8_t, ssh_buffer packet, void*)
 }
 
 int on_open_answer(ssh_session session, std::uint8_t type, ssh_buffer packet, void*) {
-  PacketView view{bytes_of(packet)};
+  WireView view{bytes_of(packet)};
   ssh_channel channel = ssh_channel_from_local(session, view.u32());
   if (view.ok() && channel != nullptr && channel->state == SSH_CHANNEL_STATE_OPENING && the_observer != nullptr)
     the_observer->on_open_answer(channel, type == SSH2_MSG_CHANNEL_OPEN_CONFIRMATION);
@@ -579,8 +576,8 @@ std::string sign_with_signer(ssh_key key, ssh_digest_e digest, std::string_view 
 /// For the other wrap: true when this was a ping, which is answered.
 bool answer_ping(ssh_buffer packet, const std::uint8_t* type) {
   if (observed == nullptr || type != &observed->in_packet.type || *type != msg_ping || observed->current_crypto == nullptr) return false;
-  PacketView view{bytes_of(packet)};
-  const std::string data = view.text();
+  WireView view{bytes_of(packet)};
+  const std::string_view data = view.text();
   // A malformed one is a protocol error in sshd (packet.c); libssh's filter ends the connection at what it does not know: UNIMPLEMENTED.
   if (!view.ok()) return false;
   send_packet(observed, "bdP", msg_pong, static_cast<std::uint32_t>(data.size()), data.size(), data.data());

@@ -1,37 +1,13 @@
 #include "sshd/net/packet_view.h"
 
+#include "sshd/protocol/ssh_wire.h"
+
 namespace postern::sshd::net::ext {
 
-std::string_view PacketView::take(std::size_t size) {
-  if (!ok_ || size > left_.size()) {
-    ok_ = false;
-    return {};
-  }
-  const std::string_view taken = left_.substr(0, size);
-  left_.remove_prefix(size);
-  return taken;
-}
-
-std::uint8_t PacketView::u8() {
-  const std::string_view bytes = take(1);
-  return ok_ ? static_cast<std::uint8_t>(bytes[0]) : 0;
-}
-
-std::uint32_t PacketView::u32() {
-  std::uint32_t value = 0;
-  for (const char byte : take(4)) value = value << 8 | static_cast<unsigned char>(byte);
-  return value;
-}
-
-std::string PacketView::text() {
-  const std::uint32_t length = u32();
-  return std::string{take(length)};
-}
-
 AuthRequest read_auth_request(std::string_view payload) {
-  PacketView view{payload};
+  WireView view{payload};
   AuthRequest request;
-  const std::string user = view.text();
+  const std::string_view user = view.text();
   request.acceptable = view.ok() && !user.empty() && user.size() <= 255;
   for (const char c : user) request.acceptable = request.acceptable && static_cast<unsigned char>(c) >= 0x20 && c != 0x7f;
   view.text();  // service
@@ -40,7 +16,7 @@ AuthRequest read_auth_request(std::string_view payload) {
 }
 
 std::optional<ChannelOpen> read_channel_open(std::string_view payload) {
-  PacketView view{payload};
+  WireView view{payload};
   ChannelOpen open;
   open.type = view.text();
   open.sender = view.u32();
@@ -62,7 +38,7 @@ std::optional<ChannelOpen> read_channel_open(std::string_view payload) {
 
 std::optional<AddressedRequest> read_channel_request(std::string_view payload) {
   using Kind = ChannelRequest::Kind;
-  PacketView view{payload};
+  WireView view{payload};
   AddressedRequest addressed;
   addressed.channel = view.u32();
   addressed.name = view.text();
@@ -119,8 +95,8 @@ std::optional<AddressedRequest> read_channel_request(std::string_view payload) {
 
 std::optional<GlobalRequest> read_global_request(std::string_view payload) {
   using Kind = GlobalRequest::Kind;
-  PacketView view{payload};
-  const std::string name = view.text();
+  WireView view{payload};
+  const std::string_view name = view.text();
   GlobalRequest request;
   request.want_reply = view.u8() != 0;
   if (!view.ok()) return std::nullopt;
@@ -135,7 +111,7 @@ std::optional<GlobalRequest> read_global_request(std::string_view payload) {
     request.kind = Kind::no_more_sessions;
   } else if (name == "hostkeys-prove-00@openssh.com") {  // OpenSSH PROTOCOL 2.5
     request.kind = Kind::prove_host_keys;
-    while (view.ok() && !view.at_end() && request.keys.size() < GlobalRequest::most_keys) request.keys.push_back(view.text());
+    while (view.ok() && !view.at_end() && request.keys.size() < GlobalRequest::most_keys) request.keys.emplace_back(view.text());
     if (!view.at_end()) request.kind = Kind::other;
   }
   if (!view.ok()) request.kind = Kind::other;

@@ -9,22 +9,6 @@
 /// What a client's packets say, read without libssh: bounds-checked, from a stranger. What cannot be read is never guessed.
 namespace postern::sshd::net::ext {
 
-/// Reads the types of RFC 4251 section 5, in order. After the first that is not there ok() is false, and all that follows is empty or 0.
-class PacketView {
- public:
-  explicit PacketView(std::string_view bytes) : left_{bytes} {}
-  bool ok() const { return ok_; }
-  bool at_end() const { return left_.empty(); }
-  std::uint8_t u8();
-  std::uint32_t u32();
-  std::string text();
-
- private:
-  std::string_view take(std::size_t size);
-  std::string_view left_;
-  bool ok_ = true;
-};
-
 struct ChannelOpen {
   std::string type;
   std::uint32_t sender = 0;  ///< the client's number

@@ -6,6 +6,7 @@
 //
 // The first byte is the message's number (RFC 4250 section 4.1.2), as in a packet.
 #include "sshd/net/packet_view.h"
+#include "sshd/protocol/ssh_wire.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -55,7 +56,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       }
       break;
     default: {  // the reader alone, in the order that the bytes name
-      PacketView view{payload};
+      postern::sshd::WireView view{payload};
       for (const char c : payload) {
         const bool was = view.ok();
         std::size_t got = 0;

@@ -1,10 +1,12 @@
 #include "sshd/net/packet_view.h"
+#include "sshd/protocol/ssh_wire.h"
 
 #include "catch.h"
 
 #include <string>
 
 using namespace postern::sshd::net::ext;
+using postern::sshd::WireView;
 
 namespace {
 
@@ -17,15 +19,15 @@ const std::string yes(1, '\1'), no(1, '\0');
 }  // namespace
 
 TEST_CASE("what a packet does not hold is not read, and nothing after it", "[net][packet]") {
-  PacketView view{std::string_view{"\0\0\0\5abc", 7}};  // five bytes are promised, three are there
+  WireView view{std::string_view{"\0\0\0\5abc", 7}};  // five bytes are promised, three are there
   CHECK(view.text().empty());
   CHECK_FALSE(view.ok());
   CHECK(view.u8() == 0);
   CHECK(view.u32() == 0);
-  PacketView huge{std::string_view{"\xff\xff\xff\xff" "abc", 7}};
+  WireView huge{std::string_view{"\xff\xff\xff\xff" "abc", 7}};
   CHECK(huge.text().empty());
   CHECK_FALSE(huge.ok());
-  PacketView nothing{{}};
+  WireView nothing{{}};
   CHECK(nothing.ok());
   CHECK(nothing.u8() == 0);
   CHECK_FALSE(nothing.ok());
@@ -33,7 +35,7 @@ TEST_CASE("what a packet does not hold is not read, and nothing after it", "[net
 
 TEST_CASE("a packet is read in the order and the byte order of RFC 4251", "[net][packet]") {
   const std::string bytes = u32(0x01020304) + yes + text("name") + text("");
-  PacketView view{bytes};
+  WireView view{bytes};
   CHECK(view.u32() == 0x01020304);
   CHECK(view.u8() == 1);
   CHECK(view.text() == "name");
