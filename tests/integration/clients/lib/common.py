@@ -100,26 +100,28 @@ class Mirror:
         return len(got) >= 8 and len(got) >= 8 + int.from_bytes(got[:8], "big")
 
 
-def ask_mirror(channel, data):
-    """Sends `data` on a channel and reads the answer: for a channel that is written to without a look at what comes. The mirror hears all first."""
-    channel.write(Mirror.question(data))
+def read_question(channel):
     got = bytearray()
     while not Mirror.whole(got):
         piece = channel.read()
         if piece is None:
-            raise Ended(f"the mirror ended after {len(got)} bytes")
+            raise Ended(f"the other end ended after {len(got)} bytes")
         got += piece[1]
-    return bytes(got[8:])
+    return bytes(got)
+
+
+def ask_mirrors(request, channels):
+    """Sends what is in the request's file on each of the channels and writes the answers to its files: for channels that are written to without a look at what comes. A mirror hears all first."""
+    with open(request["stdin"], "rb") as f:
+        question = Mirror.question(f.read())
+    for i, channel in enumerate(channels):
+        channel.write(question)
+        with open(f"{request['stdout']}.{i}", "wb") as f:
+            f.write(read_question(channel)[8:])
 
 
 def be_mirror(channel):
-    got = bytearray()
-    while not Mirror.whole(got):
-        piece = channel.read()
-        if piece is None:
-            raise Ended(f"the connection ended after {len(got)} bytes")
-        got += piece[1]
-    channel.write(bytes(got))
+    channel.write(read_question(channel))
 
 
 def main(serve):

@@ -143,13 +143,9 @@ def run(session, request):
 
 
 def local(session, request):
-    with open(request["stdin"], "rb") as f:
-        data = f.read()
     host, port = request["target"]
     opened = [Channel(session, session.check(direct_tcpip(session.handle, host.encode(), port, b"127.0.0.1", 0), "forward")) for _ in range(request["count"])]
-    for i, channel in enumerate(opened):
-        with open(f"{request['stdout']}.{i}", "wb") as f:
-            f.write(common.ask_mirror(channel, data))
+    common.ask_mirrors(request, opened)
     return {}
 
 

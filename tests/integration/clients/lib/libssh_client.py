@@ -184,16 +184,12 @@ def run(session, request):
 
 
 def local(session, request):
-    with open(request["stdin"], "rb") as f:
-        data = f.read()
     opened = []
     for _ in range(request["count"]):
         handle = session.check(channel_new(session.handle), "channel")
         session.check(open_forward(handle, request["target"][0].encode(), request["target"][1], b"127.0.0.1", 0), "forward")
         opened.append(Channel(session, handle))
-    for i, channel in enumerate(opened):
-        with open(f"{request['stdout']}.{i}", "wb") as f:
-            f.write(common.ask_mirror(channel, data))
+    common.ask_mirrors(request, opened)
     return {}
 
 

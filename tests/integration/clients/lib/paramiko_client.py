@@ -112,12 +112,8 @@ def serve(request):
             results.append(raw.makefile("rb").read().decode())
         answer = {"results": results}
     elif request["do"] == "local":
-        with open(request["stdin"], "rb") as f:
-            data = f.read()
         opened = [Channel(transport.open_channel("direct-tcpip", tuple(request["target"]), ("127.0.0.1", 0))) for _ in range(request["count"])]
-        for i, channel in enumerate(opened):
-            with open(f"{request['stdout']}.{i}", "wb") as f:
-                f.write(common.ask_mirror(channel, data))
+        common.ask_mirrors(request, opened)
         answer = {"rekeys": COUNTER.count - 1}
     elif request["do"] == "remote":
         common.told(request["port_file"], transport.request_port_forward("127.0.0.1", 0))
