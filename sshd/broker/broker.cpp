@@ -29,6 +29,8 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <filesystem>
+#include <unordered_set>
 
 namespace postern::sshd::broker {
 namespace {
@@ -257,7 +259,6 @@ std::vector<Broker::Wanted> Broker::wanted_listeners() const {
 Expected<Done> Broker::update_listeners(bool first) {
   const auto wanted = wanted_listeners();
   listen_again_.cancel();
-  revoke_pause_.cancel();
   error_code ignored;
   std::erase_if(listeners_, [&](const auto& l) {
     if (std::find(wanted.begin(), wanted.end(), l->wanted) != wanted.end()) return false;
@@ -537,8 +538,11 @@ void Broker::wait_for_expiry() {
 }
 
 void Broker::re_evaluate() {
-  to_re_evaluate_.clear();
-  for (const auto& [_, c] : connections_) to_re_evaluate_.push_back(c);
+  // Who waits keeps its place: changes that come faster than all can be looked at would else reach the first ones only.
+  std::unordered_set<const Connection*> waiting;
+  for (const auto& c : to_re_evaluate_) waiting.insert(c.lock().get());
+  for (const auto& [_, c] : connections_)
+    if (!waiting.contains(c.get())) to_re_evaluate_.push_back(c);
   if (std::exchange(re_evaluating_, true)) return;
   re_evaluate_some();
 }

@@ -1,8 +1,10 @@
 """Postern on plain WireGuard: wireguard-go in two network namespaces, names of public keys from a file."""
 import base64
+import json
 import os
 import pathlib
 import pwd
+import re
 import socket
 import subprocess
 
@@ -14,6 +16,7 @@ from harness import IS_ROOT, ROOT, SLACK, Stack, _run, new_stack, wait_until
 from tailnet.lab import TailnetStack
 
 PROGRAM = ROOT / "build/tools/clients/go/wireguard-go"
+CLIENT = ROOT / "build/tools/clients/go/client"
 SERVER, ALICE, CAROL = "10.77.0.1", "10.77.0.2", "10.77.0.3"
 RAW = (serialization.Encoding.Raw,)
 
@@ -221,6 +224,33 @@ def test_taking_the_name_away_cuts_too_and_a_file_with_a_mistake_does_not(wiregu
     stack.names()
     cut(stack)
     wait_until(lambda: any("Access revoked." in line for line in session.take()), "she is told")
+    restored(stack)
+
+
+def test_a_network_that_changes_while_many_are_cut_saves_none_of_them(wireguard):
+    """They are cut a few at a time, so there is a while in which the network can change again."""
+    stack, many = wireguard, 300
+    restored(stack)
+    connections = {"Host": SERVER, "Port": 22, "User": stack.user, "Groups": [{"Bind": ALICE, "Kind": "none", "Count": many}]}
+    holder = subprocess.Popen([*stack.lab.inside("alice"), CLIENT, "many", json.dumps(connections)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server, added = stack.lab.machines["server"], []
+    try:
+        assert json.loads(holder.stdout.readline()) == {"ready": many}
+        since = stack.posternd.log_size()
+        stack.names()
+        stack.posternd.wait_log("event=revoked", since=since)
+
+        def all_are_cut():
+            added.append(Key().public)
+            server.set(f"public_key={added[-1]}")
+            return not stack.live("alice-laptop")
+        wait_until(all_are_cut, "nothing of hers is left", 20, every=0.02)
+        assert len(added) > 2 and len(re.findall("event=revoked connection=.* peer=", stack.posternd.log(since))) == many
+    finally:
+        holder.kill()
+        holder.wait()
+        for key in added:
+            server.set(f"public_key={key}", "remove=true")
     restored(stack)
 
 
