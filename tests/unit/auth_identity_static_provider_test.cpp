@@ -1,5 +1,6 @@
 #include "auth/identity/identity.h"
 #include "catch.h"
+#include "temp_dir.h"
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -24,19 +25,6 @@ Lines problems_of(std::string_view text) {
 
 const std::string alice = "[[node]]\nname = \"alice\"\naddresses = [\"127.0.0.1\"]\nuser = \"alice@example.com\"\n";
 
-/// A directory of our own, gone at the end.
-struct TempDir {
-  TempDir() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "postern-identity-XXXXXX").string();
-    path = ::mkdtemp(pattern.data());
-  }
-  ~TempDir() { std::filesystem::remove_all(path); }
-  std::string write(const std::string& text) const {
-    std::ofstream{path / "nodes.toml"} << text;
-    return (path / "nodes.toml").string();
-  }
-  std::filesystem::path path;
-};
 
 std::optional<Node> who(Provider& provider, const std::string& address) {
   std::optional<Node> found;
@@ -50,6 +38,13 @@ std::optional<Node> who(Provider& provider, const std::string& address) {
   return found;
 }
 
+/// The nodes in a file of the test's own.
+struct NodesFile : TempDir {
+  std::string write(const std::string& text) const {
+    std::ofstream{path / "nodes.toml"} << text;
+    return file("nodes.toml");
+  }
+};
 }  // namespace
 
 TEST_CASE("nodes are read with their addresses, users and tags", "[auth][identity]") {
@@ -109,7 +104,7 @@ TEST_CASE("a name, an id and an address belong to one node", "[auth][identity]")
 }
 
 TEST_CASE("an address is a node or a stranger", "[auth][identity]") {
-  const TempDir dir;
+  const NodesFile dir;
   auto provider = make_static_provider(dir.write(alice + "[[node]]\nname = \"server\"\naddresses = [\"127.0.0.2\", \"::1\"]\ntags = [\"tag:server\"]\n"));
   REQUIRE(provider);
   CHECK(who(**provider, "127.0.0.1")->name == "alice");
@@ -121,7 +116,7 @@ TEST_CASE("an address is a node or a stranger", "[auth][identity]") {
 }
 
 TEST_CASE("a reload takes a good file and keeps the old nodes on a broken one", "[auth][identity]") {
-  const TempDir dir;
+  const NodesFile dir;
   const auto file = dir.write(alice);
   auto provider = make_static_provider(file);
   REQUIRE(provider);
@@ -140,7 +135,7 @@ TEST_CASE("a reload takes a good file and keeps the old nodes on a broken one", 
 }
 
 TEST_CASE("a missing file, a directory or a FIFO in its place is a problem, not a wait", "[auth][identity]") {
-  const TempDir dir;
+  const NodesFile dir;
   CHECK(make_static_provider((dir.path / "none").string()).error()[0].message.find("No such file") != std::string::npos);
   CHECK(make_static_provider(dir.path.string()).error()[0].message.find("Is a directory") != std::string::npos);
   const auto fifo = (dir.path / "fifo").string();

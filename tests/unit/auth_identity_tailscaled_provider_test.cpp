@@ -1,6 +1,7 @@
 // The provider against a stand-in for tailscaled's LocalAPI that answers late, half, with garbage, too much, or not at all.
 #include "auth/identity/identity.h"
 #include "catch.h"
+#include "temp_dir.h"
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
@@ -129,10 +130,7 @@ struct Standin {
 
 struct Scene {
   Scene() {
-    char name[] = "/tmp/postern-test-XXXXXX";
-    REQUIRE(::mkdtemp(name) != nullptr);
-    dir = name;
-    settings.socket = dir + "/s";
+    settings.socket = dir.file("s");
     settings.timeout = 300ms;
     standin = std::make_unique<Standin>(io, settings.socket);
   }
@@ -140,7 +138,6 @@ struct Scene {
     standin.reset();
     provider.reset();
     ::unlink(settings.socket.c_str());
-    ::rmdir(dir.c_str());
   }
   /// Runs until `condition`, at most `limit`: whether it came.
   bool until(const std::function<bool()>& condition, std::chrono::milliseconds limit = 5s) {
@@ -171,7 +168,7 @@ struct Scene {
   }
 
   boost::asio::io_context io;
-  std::string dir;
+  TempDir dir;
   TailscaledSettings settings;
   std::unique_ptr<Standin> standin;
   std::unique_ptr<Provider> provider;

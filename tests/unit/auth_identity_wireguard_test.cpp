@@ -1,6 +1,7 @@
 #include "auth/identity/identity.h"
 #include "auth/identity/wireguard.h"
 #include "catch.h"
+#include "temp_dir.h"
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
@@ -190,10 +191,7 @@ namespace {
 /// A user space implementation that says what the test wants.
 struct Scene {
   Scene() {
-    char name[] = "/tmp/postern-test-XXXXXX";
-    REQUIRE(::mkdtemp(name) != nullptr);
-    dir = name;
-    settings = {.interface = "wgtest", .file = dir + "/names.toml", .uapi_dir = dir, .poll = 50ms, .timeout = 200ms};
+    settings = {.interface = "wgtest", .file = dir.file("names.toml"), .uapi_dir = dir.path, .poll = 50ms, .timeout = 200ms};
     names(alice_key);
     listen();
   }
@@ -202,16 +200,14 @@ struct Scene {
     if (acceptor) acceptor->close();
     io.restart();
     io.run_for(10ms);
-    for (const char* file : {"/names.toml", "/wgtest.sock"}) ::unlink((dir + file).c_str());
-    ::rmdir(dir.c_str());
   }
   void names(const std::string& key, const std::string& more = "") {
-    std::ofstream{dir + "/new"} << "[self]\nname = \"server\"\ntags = [\"tag:server\"]\n[[peer]]\npublic_key = \"" << key << "\"\nname = \"alice-laptop\"\nuser = \"alice@example.com\"\n" << more;
-    ::rename((dir + "/new").c_str(), settings.file.c_str());
+    std::ofstream{dir.file("new")} << "[self]\nname = \"server\"\ntags = [\"tag:server\"]\n[[peer]]\npublic_key = \"" << key << "\"\nname = \"alice-laptop\"\nuser = \"alice@example.com\"\n" << more;
+    ::rename(dir.file("new").c_str(), settings.file.c_str());
   }
   void listen() {
-    ::unlink((dir + "/wgtest.sock").c_str());
-    acceptor.emplace(io, boost::asio::local::stream_protocol::endpoint{dir + "/wgtest.sock"});
+    ::unlink(dir.file("wgtest.sock").c_str());
+    acceptor.emplace(io, boost::asio::local::stream_protocol::endpoint{dir.file("wgtest.sock")});
     accept();
   }
   void accept() {
@@ -249,7 +245,8 @@ struct Scene {
   }
 
   boost::asio::io_context io;
-  std::string dir, says = uapi;
+  TempDir dir;
+  std::string says = uapi;
   bool closes = false;
   WireguardSettings settings;
   std::optional<boost::asio::local::stream_protocol::acceptor> acceptor;

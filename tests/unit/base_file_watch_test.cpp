@@ -1,6 +1,7 @@
 #include "catch.h"
 
 #include "base/file_watch.h"
+#include "temp_dir.h"
 
 #include <filesystem>
 #include <fstream>
@@ -11,12 +12,6 @@ namespace fs = std::filesystem;
 
 namespace {
 struct Scene {
-  Scene() {
-    std::string name = (fs::temp_directory_path() / "postern-watch-XXXXXX").string();
-    REQUIRE(::mkdtemp(name.data()) != nullptr);
-    dir = name;
-  }
-  ~Scene() { fs::remove_all(dir); }
   void write(const fs::path& file, const std::string& text) { std::ofstream{file} << text; }
   /// Until `changes` is `wanted`; then as long again as a change may take to be told.
   int run(int wanted) {
@@ -25,7 +20,8 @@ struct Scene {
     io.run_for(200ms);
     return changes;
   }
-  fs::path dir;
+  const TempDir folder;
+  const fs::path dir = folder.path;
   boost::asio::io_context io;
   int changes = 0;
 };

@@ -1,6 +1,7 @@
 #include "catch.h"
 
 #include "recorder/journal/journal.h"
+#include "temp_dir.h"
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -14,15 +15,6 @@ using namespace postern;
 using namespace postern::recorder::journal;
 
 namespace {
-
-struct TempDir {
-  TempDir() {
-    std::string pattern = "/tmp/postern-journal-XXXXXX";
-    path = ::mkdtemp(pattern.data());
-  }
-  ~TempDir() { std::filesystem::remove_all(path); }
-  std::filesystem::path path;
-};
 
 // The owner's thread: runs what the journal posts.
 struct Owner {

@@ -8,14 +8,13 @@
 #include "recorder/node/server.h"
 #include "recorder/wire/http2.h"
 #include "recorder/wire/messages.h"
+#include "temp_dir.h"
 
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/read.hpp>
 #include <boost/asio/write.hpp>
 #include <nlohmann/json.hpp>
-
-#include <stdlib.h>
 
 #include <chrono>
 #include <filesystem>
@@ -36,19 +35,6 @@ namespace fs = std::filesystem;
 using asio::ip::tcp;
 using std::chrono::milliseconds;
 using wire::Code;
-
-struct TempDir {
-  fs::path path;
-  TempDir() {
-    std::string name = (fs::temp_directory_path() / "postern-node-XXXXXX").string();
-    REQUIRE(::mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  ~TempDir() {
-    std::error_code ec;
-    fs::remove_all(path, ec);
-  }
-};
 
 inline std::string head_of(const Id& id, std::string_view bytes) {
   cast::Chain chain{id.bytes};

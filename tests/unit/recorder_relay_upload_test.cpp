@@ -1,6 +1,7 @@
 #include "catch.h"
 
 #include "recorder/relay/upload.h"
+#include "temp_dir.h"
 
 #include <cstdlib>
 #include <deque>
@@ -29,9 +30,7 @@ struct FakeStream : Upload::Stream {
 // A journal entry with `bytes`, an upload of it, and a recorder in the test's hand.
 struct Scene {
   explicit Scene(const std::string& bytes) {
-    std::string pattern = "/tmp/postern-upload-XXXXXX";
-    dir = ::mkdtemp(pattern.data());
-    journal.emplace(journal::Settings{dir}, [](std::function<void()>) {});
+    journal.emplace(journal::Settings{dir.path}, [](std::function<void()>) {});
     REQUIRE(journal->load());
     journal::Meta meta;
     meta.recording = Id::random();
@@ -43,7 +42,6 @@ struct Scene {
     upload.reset();
     entry.reset();
     journal.reset();
-    std::filesystem::remove_all(dir);
   }
   std::string head(std::uint64_t n) const {
     cast::Chain chain{entry->meta().recording.bytes};
@@ -81,7 +79,7 @@ struct Scene {
   }
   std::string after_open() const { return stream->sent.substr(stream->sent.find('\n') + 1); }
 
-  std::filesystem::path dir;
+  TempDir dir;
   std::optional<journal::Journal> journal;
   std::shared_ptr<journal::Entry> entry;
   std::string all;

@@ -3,6 +3,7 @@
 #include "recorder/cast/chain.h"
 #include "recorder/wire/local.h"
 #include "recorder/wire/relay_link.h"
+#include "temp_dir.h"
 
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -16,15 +17,6 @@ using namespace postern::recorder::wire;
 using namespace std::chrono_literals;
 
 namespace {
-
-struct TempDir {
-  TempDir() {
-    std::string pattern = "/tmp/postern-link-XXXXXX";
-    path = ::mkdtemp(pattern.data());
-  }
-  ~TempDir() { std::filesystem::remove_all(path); }
-  std::filesystem::path path;
-};
 
 // A relay in the test's hand, on the same Poller as the link.
 struct FakeRelay {

@@ -1,6 +1,7 @@
 #include "catch.h"
 
 #include "sshd/broker/host_keys.h"
+#include "temp_dir.h"
 
 #include <boost/asio/io_context.hpp>
 
@@ -17,15 +18,6 @@ using namespace postern::sshd;
 using namespace postern::sshd::broker;
 
 namespace {
-struct TempDir {
-  std::string path;
-  TempDir() {
-    char name[] = "/tmp/postern-keys-XXXXXX";
-    path = ::mkdtemp(name);
-  }
-  ~TempDir() { std::filesystem::remove_all(path); }
-};
-
 std::string sign_by_id(HostKeys& keys, std::uint32_t id, net::Digest digest, const std::string& data, net::Purpose purpose = net::Purpose::exchange_hash,
                        const std::string& session_id = "") {
   boost::asio::io_context io;
@@ -49,7 +41,7 @@ std::string sign(HostKeys& keys, std::size_t key, net::Digest digest, const std:
 }
 
 std::string made_by_ssh_keygen(const TempDir& dir, const std::string& name, const std::string& options) {
-  const std::string file = dir.path + "/" + name;
+  const std::string file = dir.file(name);
   REQUIRE(std::system(("ssh-keygen -q -C a -N '' " + options + " -f " + file).c_str()) == 0);
   return file;
 }
@@ -83,7 +75,7 @@ TEST_CASE("host keys are the same after a restart", "[broker][keys]") {
 TEST_CASE("a host key that others may read is refused by name", "[broker][keys]") {
   TempDir dir;
   REQUIRE(HostKeys::load_or_make(dir.path));
-  const std::string file = dir.path + "/ssh_host_ed25519.pem";
+  const std::string file = dir.file("ssh_host_ed25519.pem");
   REQUIRE(::chmod(file.c_str(), 0644) == 0);
   const auto again = HostKeys::load_or_make(dir.path);
   REQUIRE_FALSE(again);
@@ -93,7 +85,7 @@ TEST_CASE("a host key that others may read is refused by name", "[broker][keys]"
 TEST_CASE("a damaged host key is refused and not replaced", "[broker][keys]") {
   TempDir dir;
   REQUIRE(HostKeys::load_or_make(dir.path));
-  const std::string file = dir.path + "/ssh_host_rsa.pem";
+  const std::string file = dir.file("ssh_host_rsa.pem");
   std::ofstream{file, std::ios::trunc} << "not a key\n";
   CHECK_FALSE(HostKeys::load_or_make(dir.path));
 }
@@ -155,9 +147,9 @@ TEST_CASE("a host key that cannot be used is refused with its file and the reaso
   refused({good, good}, "the same as");
   refused({made_by_ssh_keygen(dir, "locked", "-t ed25519 -N secret")}, "passphrase");
   refused({made_by_ssh_keygen(dir, "short", "-t rsa -b 1024")}, "2048");
-  refused({dir.path + "/not-there"}, "No such file");
-  refused({dir.path}, "no key file");
-  const std::string cut = dir.path + "/cut";
+  refused({dir.file("not-there")}, "No such file");
+  refused({dir.path.string()}, "no key file");
+  const std::string cut = dir.file("cut");
   std::ifstream in{good};
   std::string text{std::istreambuf_iterator<char>{in}, {}};
   for (const std::size_t keep : {text.size() / 2, text.size() - 40, std::size_t{0}}) {
@@ -175,9 +167,9 @@ TEST_CASE("keys are rotated in two steps and live connections keep theirs", "[br
   REQUIRE(before);
   CHECK(HostKeys::finish_rotation(dir.path).error().code == ENOENT);
   REQUIRE(HostKeys::prepare_rotation(dir.path));
-  const auto next = inode(dir.path + "/ssh_host_rsa.next.pem");
+  const auto next = inode(dir.file("ssh_host_rsa.next.pem"));
   REQUIRE(HostKeys::prepare_rotation(dir.path));  // once more changes nothing
-  CHECK(inode(dir.path + "/ssh_host_rsa.next.pem") == next);
+  CHECK(inode(dir.file("ssh_host_rsa.next.pem")) == next);
   const auto during = HostKeys::load_or_make(dir.path);
   REQUIRE(during);
   REQUIRE((*during)->count() == 6);
