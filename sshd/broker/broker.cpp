@@ -108,7 +108,7 @@ struct Broker::Listener {
 
 Broker::Broker(boost::asio::io_context& io, Config config, std::string config_file, std::string own_dir)
     : io_{io}, config_{std::move(config)}, config_file_{std::move(config_file)}, own_dir_{std::move(own_dir)}, as_root_{::geteuid() == 0},
-      rules_{config_}, audit_{config_.audit}, expiry_{io}, listen_again_{io}, revoke_pause_{io}, takeover_{config_.listen.nft}, registrations_pause_{io}, control_pause_{io}, child_signals_{io, SIGCHLD}, penalties_{config_.limits.penalties}, turned_away_{io.get_executor()} {}
+      rules_{config_}, audit_{config_.audit}, expiry_{io}, listen_again_{io}, revoke_pause_{io}, takeover_{config_.listen.nft, config_.listen.nft_timeout, std::filesystem::path{config_.control.socket}.replace_filename("takeover")}, registrations_pause_{io}, control_pause_{io}, child_signals_{io, SIGCHLD}, penalties_{config_.limits.penalties}, turned_away_{io.get_executor(), config_.limits.refusal_time} {}
 
 Broker::~Broker() = default;
 
@@ -276,13 +276,14 @@ Expected<Done> Broker::update_listeners(bool first) {
     again = again || !opened;
   }
   if (wanted.empty()) spdlog::warn("event=not_listening why=\"the network has given this machine no address yet\"");
-  if (config_.listen.takeover == "nft") {
-    std::vector<Takeover::Redirect> redirects;
+  const bool takes_over = config_.listen.takeover == "nft";
+  std::vector<Takeover::Redirect> redirects;
+  if (takes_over)
     for (const auto& l : listeners_) redirects.push_back({l->wanted.dialled, l->endpoint.port});
-    auto set = takeover_.set(redirects);
-    if (!set && first) return set;
-    if (!set) spdlog::error("event=takeover_failed why={}", safe_quoted(set.error().doing, 1000));
-    again = again || !set;
+  if (auto set = takeover_.set(redirects); !set) {
+    if (first && takes_over) return set;
+    spdlog::error("event={} why={}", takes_over ? "takeover_failed" : "takeover_not_removed", safe_quoted(set.error().doing, 1000));
+    again = true;
   }
   if (again) {
     listen_again_.expires_after(listen_again_after);
@@ -362,6 +363,8 @@ void Broker::set_patience(int fd) const {
   if (const auto limit = config_.ssh.tcp_user_timeout; limit.count() > 0) option(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(limit.count()));
 }
 
+void Broker::turn_away(UniqueFd client, std::string_view reason) { turned_away_.add(std::move(client), refusal(config_.ssh.version_string, reason)); }
+
 void Broker::accepted(int raw, const Endpoint&) {
   UniqueFd fd{raw};
   sockaddr_storage s{};
@@ -373,7 +376,7 @@ void Broker::accepted(int raw, const Endpoint&) {
   const auto now = std::chrono::steady_clock::now();
   const auto refuse = [&](const char* why, std::string_view text) {
     if (const auto left_out = refusals_logged_.pass(now)) spdlog::warn("event=connection_refused peer={} why={} left_out={}", peer->text(), why, *left_out), audit_.tell("refused", {{"verdict", "deny"}, {"peer", peer->text()}, {"why", why}});
-    turned_away_.add(std::move(fd), refusal(config_.ssh.version_string, text));
+    turn_away(std::move(fd), text);
   };
   const std::string source = source_of(self(peer->address), peer->address);
   if (penalties_.refused(source, now)) return refuse("penalty", "too many failed attempts from here; try again later");

@@ -71,6 +71,8 @@ class Broker {
   /// The destination of a connection to `local`, or nullptr when the provider does not know that address.
   const Node* self(const Address& local) const { return provider_->network().find(local); }
   void remove(const Connection* connection);
+  /// The client is told why and put out.
+  void turn_away(UniqueFd client, std::string_view reason);
 
   struct Worker {
     Child child;

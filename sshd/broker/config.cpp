@@ -75,6 +75,7 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
     r.one_of("takeover", c.listen.takeover, {"none", "nft"});
     r.number("takeover_port", c.listen.takeover_port, 1, 65535);
     r.path("nft", c.listen.nft);
+    r.duration("nft_timeout", c.listen.nft_timeout, 100ms, 60s);
   });
   const auto capability = [&](const char* key, std::string& name) {
     r.text(key, name);
@@ -140,6 +141,9 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
     r.path("sftp_server", c.session.sftp_server, true);
     r.duration("orphan_limit", c.session.orphan_limit, 1s, 24h);
     r.one_of("on_disconnect", c.session.on_disconnect, {"hangup", "kill"});
+    r.duration("hang_up_time", c.session.hang_up_time, 0ms, 1h);
+    r.duration("farewell_time", c.session.farewell_time, 50ms, 60s);
+    r.duration("kill_time", c.session.kill_time, 10ms, 60s);
   });
   r.table("forwarding", [&] {
     r.one_of("gateway_ports", c.forwarding.gateway_ports, {"no", "clientspecified"});
@@ -149,6 +153,7 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
   });
   r.table("limits", [&] {
     r.duration("login_grace_time", c.limits.login_grace_time, 100ms, 1h);
+    r.duration("refusal_time", c.limits.refusal_time, 10ms, 60s);
     r.number("auth_attempts", c.limits.auth_attempts, 1, 100);
     r.number("unauthenticated_connections", c.limits.unauthenticated_connections, 1, 100'000);
     r.number("unauthenticated_connections_per_source", c.limits.unauthenticated_connections_per_source, 1, 100'000);
@@ -190,6 +195,7 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
       r.refuse("rekey_bytes", "must be 64KiB or more, or 0B: a key exchange itself is some KiB", "\"1GiB\"");
     r.duration("rekey_interval", c.ssh.rekey_interval, 0ms, 7 * 24h);
     if (c.ssh.rekey_interval != 0s && c.ssh.rekey_interval < 1s) r.refuse("rekey_interval", "must be a second or more, or 0s", "\"1h\"");
+    r.duration("sign_timeout", c.ssh.sign_timeout, 100ms, 10min);
   });
   if (auto problems = r.finish(); !problems.empty()) return Unexpected{std::move(problems)};
   // What only together is wrong.

@@ -28,6 +28,7 @@ struct Config {
     std::string takeover = "none";    ///< "nft"
     std::uint16_t takeover_port = 22022;
     std::string nft = "/usr/sbin/nft";
+    std::chrono::milliseconds nft_timeout{5'000};
   } listen;
   struct Policy {
     std::vector<PolicySource> source{PolicySource::file};  ///< all must allow
@@ -78,6 +79,9 @@ struct Config {
     std::string sftp_server = "/usr/lib/openssh/sftp-server";
     std::chrono::seconds orphan_limit{300};
     std::string on_disconnect = "hangup";  ///< "kill"
+    std::chrono::milliseconds hang_up_time{10'000};
+    std::chrono::milliseconds farewell_time{600};
+    std::chrono::milliseconds kill_time{2'000};
   } session;
   struct Forwarding {
     std::string gateway_ports = "no";  ///< "clientspecified"
@@ -87,6 +91,7 @@ struct Config {
   } forwarding;
   struct Limits {
     std::chrono::milliseconds login_grace_time{30'000};
+    std::chrono::milliseconds refusal_time{1'000};
     std::uint32_t auth_attempts = 6;
     std::uint32_t unauthenticated_connections = 1000;
     std::uint32_t unauthenticated_connections_per_source = 100;
@@ -117,6 +122,7 @@ struct Config {
     std::uint32_t client_alive_count_max = 3;
     std::uint64_t rekey_bytes = 0;           ///< 0 = the cipher's own limit alone
     std::chrono::milliseconds rekey_interval{0};  ///< 0 = never for time alone
+    std::chrono::milliseconds sign_timeout{30'000};
   } ssh;
 };
 

@@ -26,10 +26,8 @@ namespace {
 using namespace std::chrono_literals;
 
 // Time between the text of a revocation and the end of the bytes, and what a session then has to end its programs.
-constexpr auto revoke_text_time = 800ms;  // the session's own is shorter
-constexpr auto revoke_tree_time = 2s;
+constexpr auto farewell_slack = 200ms;  // the session's own time comes first
 // A refused client gets this long to read why (closing at once shows it "Connection reset").
-constexpr auto refusal_drain_time = 1s;
 // Signatures for rekeys. OpenSSH's chacha20 asks every GiB and direction, so a fast bulk transfer needs one a second; `RekeyLimit` may
 // ask for more. Too fast is answered later, not refused (that would end a good connection); a queue of them is refused.
 constexpr double sign_bucket = 10, sign_per_second = 2, sign_debt = 8;
@@ -145,30 +143,8 @@ void Connection::identified(Expected<std::optional<Node>> answer) {
 
 void Connection::refuse_unidentified(const std::string& reason) {
   phase_ = Phase::ending;
-  const std::string bytes = refusal(broker_.config().ssh.version_string, reason);
-  // A fresh socket's buffer takes these few hundred bytes at once.
-  (void)::send(client_.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-  ::shutdown(client_.get(), SHUT_WR);
-  drain_ = std::make_unique<boost::asio::posix::stream_descriptor>(broker_.io(), client_.release());
-  drain_->non_blocking(true);
-  end_timer_.expires_after(refusal_drain_time);
-  end_timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
-    if (!ec) self->over();
-  });
-  // Reads and forgets, at most 64 KiB: never looks at a byte.
-  auto buffer = std::make_shared<std::array<char, 4096>>();
-  auto left = std::make_shared<int>(16);
-  auto read = std::make_shared<std::function<void()>>();
-  *read = [self = shared_from_this(), buffer, left, weak = std::weak_ptr{read}] {
-    self->drain_->async_read_some(boost::asio::buffer(*buffer), [self, left, weak](boost::system::error_code ec, std::size_t) {
-      const auto again = weak.lock();
-      if (ec || --*left == 0 || !again) return self->over();
-      (*again)();
-    });
-  };
-  (*read)();
-  // `read` must live as long as its handlers may call it again.
-  end_timer_.async_wait([read](boost::system::error_code) {});
+  broker_.turn_away(std::move(client_), reason);
+  over();
 }
 
 void Connection::serve(Broker::Worker worker) {
@@ -192,6 +168,7 @@ void Connection::serve(Broker::Worker worker) {
   serve.peer_port = peer_.port;
   serve.client_alive_interval_ms = static_cast<std::uint32_t>(broker_.config().ssh.client_alive_interval.count());
   serve.client_alive_count_max = broker_.config().ssh.client_alive_count_max;
+  serve.sign_ms = static_cast<std::uint32_t>(broker_.config().ssh.sign_timeout.count());
   serve.rekey_bytes = broker_.config().ssh.rekey_bytes;
   serve.rekey_seconds = static_cast<std::uint32_t>(broker_.config().ssh.rekey_interval / std::chrono::seconds{1});
   std::vector<UniqueFd> fds;
@@ -479,6 +456,10 @@ void Connection::found(const session::User& user) {
   facts_.forwards_per_connection = c.limits.forwards_per_connection;
   facts_.forward_connect_ms = static_cast<std::uint32_t>(c.forwarding.connect_timeout.count());
   facts_.kill_on_disconnect = c.session.on_disconnect == "kill" ? 1 : 0;
+  facts_.hang_up_ms = static_cast<std::uint32_t>(c.session.hang_up_time.count());
+  facts_.farewell_ms = static_cast<std::uint32_t>(c.session.farewell_time.count());
+  facts_.kill_ms = static_cast<std::uint32_t>(c.session.kill_time.count());
+  facts_.sign_ms = static_cast<std::uint32_t>(c.ssh.sign_timeout.count());
   facts_.orphan_limit_seconds = static_cast<std::uint32_t>(c.session.orphan_limit.count());
   facts_.recorder_grace_ms = static_cast<std::uint32_t>(c.recorder.grace.count());
   facts_.recorder_start_ms = static_cast<std::uint32_t>(c.recorder.start_timeout.count());
@@ -551,7 +532,7 @@ void Connection::deny(const std::string& text, const std::string& why) {
   if (!verdict.text.set(text)) (void)verdict.text.set("access denied");
   if (net_) net_->send(static_cast<std::uint16_t>(net::Type::verdict), verdict);
   // net shows it and ends; one that does not is ended.
-  end_timer_.expires_after(revoke_tree_time);
+  end_timer_.expires_after(broker_.config().limits.refusal_time + 1s);
   end_timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
     if (!ec) self->break_off("a denied client stayed");
   });
@@ -585,11 +566,11 @@ void Connection::revoke(const std::string& text, const std::string& why) {
   body.clear_up_ms = static_cast<std::uint32_t>(clear_up.count());
   (void)body.text.set(text);
   session_->send(static_cast<std::uint16_t>(session::Type::revoke), body);
-  end_timer_.expires_after(revoke_text_time);
+  end_timer_.expires_after(broker_.config().session.farewell_time + farewell_slack);
   end_timer_.async_wait([self = shared_from_this(), clear_up](boost::system::error_code ec) {
     if (ec || self->done_) return;
     self->kill_net();
-    self->end_timer_.expires_after(revoke_tree_time + clear_up + 1s);
+    self->end_timer_.expires_after(self->broker_.config().session.kill_time + clear_up + 1s);
     self->end_timer_.async_wait([self](boost::system::error_code again) {
       if (again || self->done_) return;
       spdlog::error("event=session_killed connection={} why=it_did_not_end_its_programs", self->id_);
@@ -683,7 +664,6 @@ void Connection::over() {
   grace_.cancel();
   end_timer_.cancel();
   boost::system::error_code ignored;
-  if (drain_) drain_->close(ignored);
   if (net_watch_) net_watch_->close(ignored);
   if (session_watch_) session_watch_->close(ignored);
   if (net_) net_->close();

@@ -34,7 +34,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void serve(Broker::Worker worker);
   /// Asks again what was asked at the login; ends the connection when the answer changed.
   void re_evaluate();
-  /// Shows `text`, then ends everything: net after 200 ms, the session's process tree within 2 s.
+  /// Shows `text`, then ends everything: net after `session.farewell_time`, then the session's process tree, killed after `session.kill_time`.
   void revoke(const std::string& text, const std::string& why);
   /// The broker stops: what has no session yet ends; live sessions go on.
   void abandon();
@@ -117,7 +117,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   UniqueFd net_end_;  // net's end of its socket to the session, until the verdict
   pid_t net_pid_ = -1;
   pid_t session_pid_ = -1;
-  std::unique_ptr<boost::asio::posix::stream_descriptor> net_watch_, session_watch_, drain_;
+  std::unique_ptr<boost::asio::posix::stream_descriptor> net_watch_, session_watch_;
   boost::asio::steady_timer grace_, end_timer_;
   std::chrono::steady_clock::time_point accepted_at_ = std::chrono::steady_clock::now();
 };

@@ -31,11 +31,10 @@ std::string refusal(const std::string& version, std::string_view reason) {
 }
 
 struct TurnedAway::One : std::enable_shared_from_this<One> {
-  static constexpr std::chrono::seconds longest{1};
   static constexpr std::size_t most_bytes = 64 * 1024;
 
-  One(const boost::asio::any_io_executor& executor, UniqueFd client, std::shared_ptr<std::size_t> count)
-      : socket{executor, client.release()}, timer{executor, longest}, waiting{std::move(count)} {
+  One(const boost::asio::any_io_executor& executor, UniqueFd client, std::chrono::milliseconds time, std::shared_ptr<std::size_t> count)
+      : socket{executor, client.release()}, timer{executor, time}, waiting{std::move(count)} {
     ++*waiting;
   }
   ~One() { --*waiting; }
@@ -67,7 +66,7 @@ void TurnedAway::add(UniqueFd client, const std::string& bytes) {
   // A fresh socket's buffer takes these few hundred bytes at once.
   (void)::send(client.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
   ::shutdown(client.get(), SHUT_WR);
-  if (*waiting_ < most) std::make_shared<One>(executor_, std::move(client), waiting_)->start();
+  if (*waiting_ < most) std::make_shared<One>(executor_, std::move(client), time_, waiting_)->start();
 }
 
 }  // namespace postern::sshd::broker

@@ -4,6 +4,7 @@
 
 #include <boost/asio/any_io_executor.hpp>
 
+#include <chrono>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -19,17 +20,18 @@ std::string refusal(const std::string& version, std::string_view reason);
 /// Turns clients away with a refusal, at a bounded cost.
 ///
 /// Closing a socket with bytes unread resets the connection, and then OpenSSH's client says "Connection reset" in place of the reason. So a few
-/// sockets at a time are only shut down, and closed when the client has gone or after `longest`; what it sends is thrown away unseen. All
+/// sockets at a time are only shut down, and closed when the client has gone or after `time`; what it sends is thrown away unseen. All
 /// others are closed at once.
 class TurnedAway {
  public:
-  static constexpr std::size_t most = 64;
-  explicit TurnedAway(boost::asio::any_io_executor executor) : executor_{std::move(executor)} {}
+  static constexpr std::size_t most = 256;
+  TurnedAway(boost::asio::any_io_executor executor, std::chrono::milliseconds time) : executor_{std::move(executor)}, time_{time} {}
   void add(UniqueFd client, const std::string& bytes);
 
  private:
   struct One;
   boost::asio::any_io_executor executor_;
+  std::chrono::milliseconds time_;
   std::shared_ptr<std::size_t> waiting_ = std::make_shared<std::size_t>(0);
 };
 

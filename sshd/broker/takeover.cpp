@@ -2,6 +2,7 @@
 
 #include "base/unique_fd.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -15,10 +16,8 @@
 namespace postern::sshd::broker {
 namespace {
 
-constexpr int nft_time_ms = 5000;
-
 /// Its complaint, or nothing.
-Expected<Done> run(const std::string& program, const std::string& input) {
+Expected<Done> run(const std::string& program, const std::string& input, std::chrono::milliseconds timeout) {
   const UniqueFd in{::memfd_create("nft", MFD_CLOEXEC)}, err{::memfd_create("nft-errors", MFD_CLOEXEC)};
   if (!in || !err || ::write(in.get(), input.data(), input.size()) != static_cast<ssize_t>(input.size()) || ::lseek(in.get(), 0, SEEK_SET) != 0)
     return Unexpected{system_error("run " + program)};
@@ -36,7 +35,7 @@ Expected<Done> run(const std::string& program, const std::string& input) {
   if (error != 0) return Unexpected{system_error("run " + program, error)};
   const UniqueFd pidfd{static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))};
   pollfd p{pidfd.get(), POLLIN, 0};
-  const bool ended = pidfd && ::poll(&p, 1, nft_time_ms) == 1;
+  const bool ended = pidfd && ::poll(&p, 1, static_cast<int>(timeout.count())) == 1;
   if (!ended) ::kill(pid, SIGKILL);
   int status = 0;
   if (::waitpid(pid, &status, 0) != pid) return Unexpected{system_error("wait for " + program)};
@@ -44,7 +43,7 @@ Expected<Done> run(const std::string& program, const std::string& input) {
   std::string said(1000, '\0');
   const ssize_t n = ::pread(err.get(), said.data(), said.size(), 0);
   said.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
-  return Unexpected{Error{EIO, program + ": " + (ended ? said : "did not end in " + std::to_string(nft_time_ms) + " ms")}};
+  return Unexpected{Error{EIO, program + ": " + (ended ? said : "did not end in " + std::to_string(timeout.count()) + " ms")}};
 }
 
 }  // namespace
@@ -62,9 +61,15 @@ std::string Takeover::script(const std::vector<Redirect>& redirects) {
   return text + "  }\n}\n";
 }
 
+Takeover::Takeover(std::string nft, std::chrono::milliseconds timeout, std::string mark)
+    : nft_{std::move(nft)}, timeout_{timeout}, mark_{std::move(mark)}, left_{::access(mark_.c_str(), F_OK) == 0} {}
+
 Expected<Done> Takeover::set(const std::vector<Redirect>& redirects) {
-  if (redirects == redirects_) return Done{};
-  if (auto done = run(nft_, script(redirects)); !done) return done;
+  if (redirects == redirects_ && !left_) return Done{};
+  if (!redirects.empty() && !UniqueFd{::open(mark_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600)}) return Unexpected{system_error("write " + mark_)};
+  if (auto done = run(nft_, script(redirects), timeout_); !done) return done;
+  if (redirects.empty()) ::unlink(mark_.c_str());
+  left_ = false;
   redirects_ = redirects;
   return Done{};
 }

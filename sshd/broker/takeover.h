@@ -3,6 +3,7 @@
 #include "base/address.h"
 #include "base/expected.h"
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -20,11 +21,12 @@ class Takeover {
     std::uint16_t to = 0;  ///< our port, on the same address
     bool operator==(const Redirect&) const = default;
   };
-  /// `nft`: the program.
-  explicit Takeover(std::string nft) : nft_{std::move(nft)} {}
+  /// `nft`: the program; killed when it takes longer than `timeout`. `mark`: a file, gone with the next boot as the table is, that stands as long as
+  /// there may be one: it tells a run with other settings of the table that a killed one left.
+  Takeover(std::string nft, std::chrono::milliseconds timeout, std::string mark);
 
-  /// These and no others, in one transaction; none: the table goes. A table that an earlier run left is replaced. Blocks for nft's some 10 ms, at most
-  /// 5 s; does nothing when nothing changed.
+  /// These and no others, in one transaction; none: the table goes. A table that an earlier run left is replaced, or goes. Blocks for nft's some 10 ms, at most
+  /// the time-out; does nothing when nothing changed.
   Expected<Done> set(const std::vector<Redirect>& redirects);
 
   /// What nft is told. Pure.
@@ -32,6 +34,9 @@ class Takeover {
 
  private:
   std::string nft_;
+  std::chrono::milliseconds timeout_;
+  std::string mark_;
+  bool left_ = false;  // by an earlier run
   std::vector<Redirect> redirects_;
 };
 

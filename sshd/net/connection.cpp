@@ -334,7 +334,7 @@ void Connection::on_verdict(Message message) {
 std::string Connection::ask_sign(const AskSign& ask) {
   const bool with_session = login_ == Login::accepted;
   link_->send(with_session ? wire(channel::Type::ask_sign) : wire(Type::ask_sign), ask);
-  auto answer = link_->wait_for(with_session ? wire(channel::Type::signature) : wire(Type::signature), sign_limit);
+  auto answer = link_->wait_for(with_session ? wire(channel::Type::signature) : wire(Type::signature), std::chrono::milliseconds{settings_.sign_ms});
   const auto signature = answer ? answer->body<Signature>() : std::nullopt;
   return signature && signature->blob.valid() ? std::string{signature->blob.get()} : std::string{};
 }

@@ -24,7 +24,6 @@ namespace postern::sshd::net {
 /// returning from run(): the caller exits the process.
 class Connection : private ext::PacketObserver, private ext::Signer {
  public:
-  static constexpr std::chrono::seconds sign_limit{30};            ///< a rekey while the broker restarts (DESIGN section 1)
   static constexpr std::chrono::milliseconds flush_limit{200};     ///< for the last words on a live connection
   static constexpr std::chrono::milliseconds release_delay{300};    ///< after the login: memory of the key exchange goes back
   static constexpr std::size_t max_waiting_auth_requests = 32;     ///< sent ahead without waiting for answers (RFC 4252 section 5.1)

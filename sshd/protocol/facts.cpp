@@ -50,11 +50,11 @@ Expected<ConnectionFacts> read_facts(int memfd) {
   struct stat st {};
   if (::fstat(memfd, &st) != 0) return bad("it cannot be read");
   const auto size = static_cast<std::size_t>(st.st_size);
-  if (size != sizeof(ConnectionFacts) && size != facts_version_2_size) return bad("its size is not ours");
+  if (size != sizeof(ConnectionFacts) && size != facts_version_3_size) return bad("its size is not ours");
   ConnectionFacts facts;  // what an older one does not have keeps its default
   if (::pread(memfd, &facts, size, 0) != st.st_size) return bad("it cannot be read");
   if (facts.magic != ConnectionFacts::expected_magic || facts.size != size) return bad("it is not ours");
-  if (facts.version != (size == facts_version_2_size ? 2 : 3)) return bad("its version is not ours");
+  if (facts.version != (size == facts_version_3_size ? 3 : 4)) return bad("its version is not ours");
   bool ok = facts.exchange_hash.valid() && facts.peer_address.valid() && facts.server_address.valid() && facts.node_id.valid() &&
             facts.node_name.valid() && facts.login.valid() && facts.tags.valid() && facts.server_node_id.valid() && facts.rule.valid() &&
             facts.ssh_user.valid() && facts.local_user.valid() && facts.recorder_tag.valid() && facts.relay_socket.valid() && facts.registration_socket.valid() &&

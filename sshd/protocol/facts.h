@@ -23,7 +23,7 @@ struct ConnectionFacts {
   static constexpr std::uint32_t expected_magic = 0x50535446;  // "PSTF"
   std::uint32_t magic = expected_magic;
   std::uint32_t size = 0;      ///< sizeof(ConnectionFacts) of the writer
-  std::uint16_t version = 3;   ///< of this layout; a reader takes its own version and the one before
+  std::uint16_t version = 4;   ///< of this layout; a reader takes its own version and the one before
   std::uint16_t spare = 0;
   std::uint64_t policy_version = 0;  ///< counts loads of the policy in the broker that decided
 
@@ -102,21 +102,28 @@ struct ConnectionFacts {
   std::uint32_t forwards_per_connection = 1024;
   std::uint32_t forward_connect_ms = 30'000;
   FixedText<256> xauth;             ///< path of xauth(1); empty: no X11
+  std::uint32_t padding2 = 0;       ///< version 3 ended with it
+
+  /// Since version 4: times of posternd.toml; a connection keeps what it began with.
+  std::uint32_t hang_up_ms = 10'000;  ///< the client is gone: for programs that got SIGHUP, before they are left to themselves (as sshd leaves them)
+  std::uint32_t farewell_ms = 600;    ///< revoked: for net to show the text (DESIGN section 1 "Revoke")
+  std::uint32_t kill_ms = 2'000;      ///< then for the programs, between SIGTERM and SIGKILL
+  std::uint32_t sign_ms = 30'000;     ///< for a signature: a rekey while the broker restarts
 
   Id id() const { return Id{connection_id}; }
 };
 static_assert(std::is_trivially_copyable_v<ConnectionFacts>);
-/// Version 1 ended where the rules begin.
-inline constexpr std::size_t facts_version_1_size = 13'176;
-static_assert(offsetof(ConnectionFacts, rules) == facts_version_1_size);
-/// Version 2 where the forwardings begin.
+/// Version 2 ended where the forwardings begin.
 inline constexpr std::size_t facts_version_2_size = 14'224;
 static_assert(offsetof(ConnectionFacts, forwarding) == facts_version_2_size);
+/// Version 3 where the times begin.
+inline constexpr std::size_t facts_version_3_size = 22'704;
+static_assert(offsetof(ConnectionFacts, hang_up_ms) == facts_version_3_size);
 
 /// A sealed memfd that holds `facts`.
 Expected<UniqueFd> seal_facts(const ConnectionFacts& facts);
 
-/// Reads and checks one: seals, size, magic, version (N and N-1: 3 and 2), every length. EBADMSG for anything else.
+/// Reads and checks one: seals, size, magic, version (N and N-1: 4 and 3), every length. EBADMSG for anything else.
 Expected<ConnectionFacts> read_facts(int memfd);
 
 }  // namespace postern::sshd

@@ -101,6 +101,8 @@ struct Serve {
   std::uint32_t client_alive_count_max = 3;
   std::uint32_t rekey_seconds = 0;  ///< 0 = none
   std::uint64_t rekey_bytes = 0;    ///< 0 = the cipher's own limit
+  std::uint32_t sign_ms = 30'000;   ///< for a signature
+  std::uint32_t spare2 = 0;
 };
 
 enum class Digest : std::uint8_t { none = 0, sha256 = 1, sha384 = 2, sha512 = 3 };

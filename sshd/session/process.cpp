@@ -624,7 +624,7 @@ bool SessionProcess::on_net_message(const Message& m) {
     case ch::Type::ask_sign: {
       const auto ask = m.body<net::AskSign>();
       if (!ask || !ask->data.valid() || sign_requests_.size() >= sign_burst) return false;
-      sign_requests_.push_back({*ask, false, Clock::now() + sign_wait});
+      sign_requests_.push_back({*ask, false, Clock::now() + std::chrono::milliseconds{facts_.sign_ms}});
       forward_sign_requests();
       return true;
     }
@@ -719,7 +719,7 @@ void SessionProcess::net_gone() {
   sweep_ = true;
   if (first) {
     spdlog::info("event=client_gone connection={}", facts_.id().text());
-    poller_.after(hang_up_wait, [this] {
+    poller_.after(std::chrono::milliseconds{facts_.hang_up_ms}, [this] {
       waited_ = true;
       for (auto& c : closing_) c->abandon();
       sweep_ = true;
@@ -735,7 +735,7 @@ void SessionProcess::end_tree() {
   tree_->signal_all(SIGHUP);
   tree_->signal_all(SIGCONT);
   tree_->signal_all(SIGTERM);
-  poller_.after(revoke_kill_wait, [this] {
+  poller_.after(std::chrono::milliseconds{facts_.kill_ms}, [this] {
     if (!killed_) tree_->kill_all();
     killed_ = true;
     waited_ = true;
@@ -762,7 +762,7 @@ void SessionProcess::revoke(std::string_view text, std::chrono::milliseconds cle
   ch::Disconnect d;
   if (!d.text.set(text)) d.text.length = 0;
   net_.send(ch::version, static_cast<std::uint16_t>(ch::Type::disconnect), d);
-  poller_.after(revoke_text_wait, [this] {
+  poller_.after(std::chrono::milliseconds{facts_.farewell_ms}, [this] {
     kill_net();
     net_gone();
   });

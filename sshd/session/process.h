@@ -26,13 +26,6 @@
 
 namespace postern::sshd::session {
 
-/// The client is gone: how long its programs have to end after SIGHUP before they are left to themselves (as sshd leaves them).
-inline constexpr std::chrono::milliseconds hang_up_wait{10'000};
-/// Revoked: time for net to show the text; then for programs between SIGTERM and SIGKILL (DESIGN section 1 "Revoke").
-inline constexpr std::chrono::milliseconds revoke_text_wait{600};
-inline constexpr std::chrono::milliseconds revoke_kill_wait{2'000};
-/// A rekey without a broker waits that long (DESIGN section 1).
-inline constexpr std::chrono::milliseconds sign_wait{30'000};
 /// Bucket of sign requests that we forward for net: one a rekey. OpenSSH rekeys every GiB; 1 s a piece is 1 GiB/s.
 inline constexpr unsigned sign_burst = 8;
 inline constexpr std::chrono::milliseconds sign_refill{500};  ///< the broker's rate

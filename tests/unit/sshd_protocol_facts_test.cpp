@@ -38,15 +38,16 @@ ConnectionFacts some() {
   f.rules.sftp = ConnectionFacts::Rules::Sftp::none;
   f.rules.no_pty = 1;
   f.forwarding.agent = 0;
+  f.kill_ms = 77;
   REQUIRE(f.forwarding.local_targets.set("db:5432\n\f"));
   return f;
 }
 
-/// The same as a broker of version 2 sealed it.
-std::string version_2(ConnectionFacts f) {
-  f.version = 2;
-  f.size = facts_version_2_size;
-  return bytes_of(f).substr(0, facts_version_2_size);
+/// The same as a broker of version 3 sealed it.
+std::string version_3(ConnectionFacts f) {
+  f.version = 3;
+  f.size = facts_version_3_size;
+  return bytes_of(f).substr(0, facts_version_3_size);
 }
 
 }  // namespace
@@ -57,23 +58,27 @@ TEST_CASE("facts come back as they were sealed, rules included", "[protocol][fac
   REQUIRE(fd);
   const auto back = read_facts(fd->get());
   REQUIRE(back);
-  CHECK(back->version == 3);
+  CHECK(back->version == 4);
   CHECK(back->local_user.get() == "alice");
   CHECK(back->rules == f.rules);
   CHECK_FALSE(back->rules == ConnectionFacts::Rules{});
   CHECK(back->forwarding == f.forwarding);
   CHECK_FALSE(back->forwarding == ConnectionFacts::Forwarding{});
+  CHECK(back->kill_ms == 77);
 }
 
-TEST_CASE("facts of the version before read as facts without limits on forwarding", "[protocol][facts]") {
-  const auto back = read_facts(sealed(version_2(some())).get());
+TEST_CASE("facts of the version before read as facts with the times that its sessions had", "[protocol][facts]") {
+  const auto back = read_facts(sealed(version_3(some())).get());
   REQUIRE(back);
-  CHECK(back->version == 2);
+  CHECK(back->version == 3);
   CHECK(back->local_user.get() == "alice");
   CHECK(back->sftp_server.get() == "/usr/lib/openssh/sftp-server");
   CHECK(back->rules == some().rules);
-  CHECK(back->forwarding == ConnectionFacts::Forwarding{});
-  CHECK(back->forwards_per_connection == 1024);
+  CHECK(back->forwarding == some().forwarding);
+  CHECK(back->hang_up_ms == 10'000);
+  CHECK(back->farewell_ms == 600);
+  CHECK(back->kill_ms == 2'000);
+  CHECK(back->sign_ms == 30'000);
 }
 
 TEST_CASE("facts whose version, size or values are not ours are refused", "[protocol][facts]") {
@@ -84,12 +89,12 @@ TEST_CASE("facts whose version, size or values are not ours are refused", "[prot
     return bytes_of(f);
   };
   CHECK_FALSE(refused(bytes_of(some())));
-  CHECK(refused(changed([](auto& f) { f.version = 4; })));
-  CHECK(refused(changed([](auto& f) { f.version = 2; })));               // with the size of version 3
-  CHECK(refused(changed([](auto& f) { f.size = facts_version_2_size; })));
-  CHECK(refused(bytes_of(some()).substr(0, facts_version_2_size)));      // version 3, cut
-  CHECK(refused(bytes_of(some()).substr(0, facts_version_1_size)));
-  CHECK(refused(version_2(some()) + std::string(8, '\0')));
+  CHECK(refused(changed([](auto& f) { f.version = 5; })));
+  CHECK(refused(changed([](auto& f) { f.version = 3; })));               // with the size of version 4
+  CHECK(refused(changed([](auto& f) { f.size = facts_version_3_size; })));
+  CHECK(refused(bytes_of(some()).substr(0, facts_version_3_size)));      // version 4, cut
+  CHECK(refused(bytes_of(some()).substr(0, facts_version_2_size)));
+  CHECK(refused(version_3(some()) + std::string(8, '\0')));
   CHECK(refused(bytes_of(some()) + "x"));
   CHECK(refused(""));
   CHECK(refused(changed([](auto& f) { f.magic++; })));

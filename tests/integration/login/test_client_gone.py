@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -73,6 +74,36 @@ def test_on_disconnect_kill_takes_them_too(make_stack, how):
         assert p.wait(20 * harness.SLACK) == 3
     wait_until(lambda: not sleepers(stack, r"sleep 300\d"), "nothing is left", 5)
     wait_until(lambda: not sessions(stack), "the session has ended", 5)
+
+
+def test_a_program_has_kill_time_to_end_by_itself(make_stack):
+    stack = make_stack(posternd={"session": {"on_disconnect": "kill", "kill_time": "50s"}}, start=("posternd",))
+    stack.learn_host_key()
+    # Twice the default: it would be killed at its sleep.
+    p = stack.popen("f=$(mktemp); trap '' HUP PIPE; trap 'echo term >> $f; sleep 4; echo done >> $f; exit' TERM; echo $f; while :; do sleep 0.1; done", bind=stack.plain_alice)
+    told = pathlib.Path(p.stdout.readline().decode().strip())
+    p.kill()
+    p.wait()
+    try:
+        wait_until(lambda: told.read_text() == "term\ndone\n", "it ended by itself", 20)
+    finally:
+        told.unlink()
+    wait_until(lambda: not sessions(stack), "the session has ended", 5)
+
+
+def test_hang_up_time_is_how_long_a_program_that_stays_is_waited_for(make_stack):
+    stack = make_stack(posternd={"session": {"hang_up_time": "0ms"}}, start=("posternd",))
+    stack.learn_host_key()
+    p = stack.popen("trap '' HUP; echo up; exec sleep 3005", bind=stack.plain_alice)
+    assert p.stdout.readline() == b"up\n"
+    p.kill()
+    p.wait()
+    try:
+        wait_until(lambda: not sessions(stack), "the session has ended", 5)
+        assert len(sleepers(stack, r"sleep 3005")) == 1
+    finally:
+        for x in sleepers(stack, r"sleep 3005"):
+            os.kill(x.pid, signal.SIGKILL)
 
 
 def test_on_disconnect_kill_leaves_a_second_connection_alone(make_stack):

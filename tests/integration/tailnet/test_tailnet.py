@@ -249,3 +249,9 @@ def test_beside_sshd_the_tailnet_address_is_ours_and_every_other_is_sshds(beside
     assert "postern_takeover" in rules()
     stack.posternd.start()
     assert gets_in(stack, "alice-laptop")
+    # Nor does it stay when the next one has another port instead.
+    stack.posternd.kill()
+    stack.configure({"policy": {"source": ["grants"]}, "listen": {"port": 2222}})
+    stack.posternd.start()
+    assert "postern_takeover" not in rules()
+    assert "Postern" not in banner(stack, "alice-laptop", stack.lab.ip("server")), "sshd has it again"
