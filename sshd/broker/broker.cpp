@@ -42,10 +42,11 @@ using error_code = boost::system::error_code;
 /// Live connections that are looked at again before others get their turn: a login waits for no more of them.
 constexpr std::size_t re_evaluated_at_once = 16;
 /// Ends of connections after a change: so many at once, then so many a second. To cut off one client costs 1 ms of CPU time, to end its programs
-/// and to clear up 2 ms: 1,000 of them shall be cut off within a second on two cores, and those who log in meanwhile shall hardly notice
+/// and to clear up 2 to 4 ms: 1,000 of them shall be cut off within a second on two cores, and those who log in meanwhile shall hardly notice
 /// (bench/revocation).
-constexpr double revoked_at_once = 32, revoked_per_second = 1200;
-constexpr std::chrono::milliseconds clear_up_after{1000}, clear_up_time{2};
+constexpr std::size_t revoked_at_once = 16;
+constexpr double revoked_per_second = 1200;
+constexpr std::chrono::milliseconds clear_up_after{1000}, clear_up_time{3};
 constexpr auto revoke_pause = 5ms;
 constexpr auto listen_again_after = 2s;
 constexpr std::size_t largest_control_request = 4096;
@@ -550,24 +551,7 @@ void Broker::re_evaluate() {
   re_evaluate_some();
 }
 
-std::chrono::milliseconds Broker::count_revocation() {
-  revoke_tokens_ -= 1;
-  const auto now = std::chrono::steady_clock::now();
-  cleared_up_ = std::max(cleared_up_, now - clear_up_time * static_cast<int>(revoked_at_once)) + clear_up_time;
-  if (cleared_up_ <= now) return {};
-  return clear_up_after + std::chrono::ceil<std::chrono::milliseconds>(cleared_up_ - now);
-}
-
 void Broker::re_evaluate_some() {
-  const auto now = std::chrono::steady_clock::now();
-  revoke_tokens_ = std::min(revoked_at_once, revoke_tokens_ + std::chrono::duration<double>(now - revoke_refilled_).count() * revoked_per_second);
-  revoke_refilled_ = now;
-  if (revoke_tokens_ < 0) {
-    revoke_pause_.expires_after(revoke_pause);
-    return revoke_pause_.async_wait([this](error_code ec) {
-      if (!ec) re_evaluate_some();
-    });
-  }
   for (std::size_t i = 0; i < re_evaluated_at_once && !to_re_evaluate_.empty(); i++) {
     const auto c = to_re_evaluate_.front().lock();
     to_re_evaluate_.pop_front();
@@ -575,6 +559,38 @@ void Broker::re_evaluate_some() {
   }
   re_evaluating_ = !to_re_evaluate_.empty();
   if (re_evaluating_) boost::asio::post(io_, [this] { re_evaluate_some(); });
+}
+
+void Broker::cut_off(const std::shared_ptr<Connection>& connection, std::string why) {
+  to_cut_off_.push_back({connection, std::move(why)});
+  if (!std::exchange(cutting_off_, true)) cut_off_later();
+}
+
+void Broker::cut_off_later() {
+  revoke_pause_.expires_after(revoke_pause);
+  revoke_pause_.async_wait([this](error_code ec) { if (!ec) cut_off_some(); });
+}
+
+void Broker::cut_off_some() {
+  const auto now = std::chrono::steady_clock::now();
+  revoke_tokens_ = std::min<double>(revoked_at_once, revoke_tokens_ + std::chrono::duration<double>(now - revoke_refilled_).count() * revoked_per_second);
+  revoke_refilled_ = now;
+  while (revoke_tokens_ >= 1 && !to_cut_off_.empty()) {
+    const auto next = std::move(to_cut_off_.front());
+    to_cut_off_.pop_front();
+    if (const auto c = next.connection.lock()) c->revoke("Access revoked.", next.why);
+  }
+  cutting_off_ = !to_cut_off_.empty();
+  if (cutting_off_) cut_off_later();
+}
+
+std::chrono::milliseconds Broker::count_revocation() {
+  revoke_tokens_ -= 1;
+  const auto now = std::chrono::steady_clock::now();
+  const bool many = to_cut_off_.size() >= revoked_at_once;
+  cleared_up_ = std::max(cleared_up_, many ? now : now - clear_up_time * static_cast<int>(revoked_at_once)) + clear_up_time;
+  if (!many && cleared_up_ <= now) return {};
+  return clear_up_after + std::max(0ms, std::chrono::ceil<std::chrono::milliseconds>(cleared_up_ - now));
 }
 
 void Broker::stop() {

@@ -63,6 +63,8 @@ class Broker {
   /// Counts changes of rules and network: what was decided under another number has to be asked again.
   std::uint64_t generation() const { return generation_; }
   Audit& audit() { return audit_; }
+  /// Ends a connection that is no longer allowed: soon, when many are.
+  void cut_off(const std::shared_ptr<Connection>& connection, std::string why);
   /// A connection is being ended: its end costs CPU time that those who log in now want as well. How long what is not urgent of it may wait.
   std::chrono::milliseconds count_revocation();
   Zygote& net_zygote() { return *net_zygote_; }
@@ -122,6 +124,8 @@ class Broker {
   void worker_died(std::uint64_t token, int wait_status);
   void re_evaluate();
   void re_evaluate_some();
+  void cut_off_later();
+  void cut_off_some();
   void reap();
   std::string answer_control(const std::string& request);
   void adopt(std::shared_ptr<Connection> connection);
@@ -165,6 +169,12 @@ class Broker {
   std::uint32_t unauthenticated_in_all_ = 0;
   std::map<const Connection*, std::shared_ptr<Connection>> connections_;
   std::deque<std::weak_ptr<Connection>> to_re_evaluate_;
+  struct CutOff {
+    std::weak_ptr<Connection> connection;
+    std::string why;
+  };
+  std::deque<CutOff> to_cut_off_;
+  bool cutting_off_ = false;
   double revoke_tokens_ = 0;
   std::chrono::steady_clock::time_point cleared_up_;
   std::chrono::steady_clock::time_point revoke_refilled_;

@@ -25,9 +25,8 @@ namespace {
 
 using namespace std::chrono_literals;
 
-// Time between the text of a revocation and the end of the bytes, and what a session then has to end its programs.
-constexpr auto farewell_slack = 200ms;  // the session's own time comes first
-// A refused client gets this long to read why (closing at once shows it "Connection reset").
+// Past session.farewell_time, which the session keeps by itself.
+constexpr auto farewell_slack = 200ms;
 // Signatures for rekeys. OpenSSH's chacha20 asks every GiB and direction, so a fast bulk transfer needs one a second; `RekeyLimit` may
 // ask for more. Too fast is answered later, not refused (that would end a good connection); a queue of them is refused.
 constexpr double sign_bucket = 10, sign_per_second = 2, sign_debt = 8;
@@ -584,9 +583,9 @@ void Connection::re_evaluate() {
   broker_.provider().who_is(peer_, [self = shared_from_this()](Expected<std::optional<Node>> answer) {
     if (self->done_ || self->phase_ != Phase::live) return;
     if (!answer && answer.error().code == EAGAIN) return;  // the provider cannot say now: live sessions go on
-    if (!answer) return self->revoke("Access revoked.", "the network no longer stands for it: " + answer.error().doing);
-    if (!*answer) return self->revoke("Access revoked.", "the network no longer knows this address");
-    if (const std::string why = self->difference(**answer); !why.empty()) self->revoke("Access revoked.", why);
+    if (!answer) return self->broker_.cut_off(self, "the network no longer stands for it: " + answer.error().doing);
+    if (!*answer) return self->broker_.cut_off(self, "the network no longer knows this address");
+    if (const std::string why = self->difference(**answer); !why.empty()) self->broker_.cut_off(self, why);
   });
 }
 

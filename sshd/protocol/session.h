@@ -82,7 +82,7 @@ struct Ready {
   FixedText<512> text;  ///< for the user when not ok: one clear line ("This account has expired.")
 };
 struct Revoke {
-  std::uint32_t clear_up_ms = 0;  ///< so long may wait what is left to do once the client is cut off: many are, and that costs CPU time
+  std::uint32_t clear_up_ms = 0;  ///< not 0: many are being cut off; once the client is, nothing more is done until then, which costs CPU time
   FixedText<512> text;  ///< "Access revoked."
 };
 struct Registered {

@@ -699,12 +699,6 @@ void SessionProcess::kill_net() {
 
 void SessionProcess::net_gone() {
   if (net_.is_open()) parted_ = net_.take();
-  if (const auto now = Clock::now(); revoked_ && now < stays_until_) {
-    // Nobody sees or reaches anything of it any more, and many others are still to be told.
-    if (forwarding_) forwarding_->end(false);
-    poller_.after(stays_until_ - now, [this] { net_gone(); });
-    return;
-  }
   const bool first = phase_ != Phase::leaving;
   phase_ = Phase::leaving;
   held_.clear();
@@ -757,15 +751,34 @@ void SessionProcess::revoke(std::string_view text, std::chrono::milliseconds cle
   }
   revoked_ = true;
   phase_ = Phase::leaving;
-  stays_until_ = Clock::now() + clear_up;
   spdlog::warn("event=revoked connection={}", facts_.id().text());
   ch::Disconnect d;
   if (!d.text.set(text)) d.text.length = 0;
   net_.send(ch::version, static_cast<std::uint16_t>(ch::Type::disconnect), d);
-  poller_.after(std::chrono::milliseconds{facts_.farewell_ms}, [this] {
+  const std::chrono::milliseconds farewell{facts_.farewell_ms};
+  if (clear_up > std::chrono::milliseconds{0}) return hold_still(Clock::now() + farewell, Clock::now() + std::max(farewell, clear_up));
+  poller_.after(farewell, [this] {
     kill_net();
     net_gone();
   });
+}
+
+/// Many are being cut off: nothing but what the client waits for is done until `until`, whatever the programs, the relay or the forwardings have
+/// to say by then. Nobody sees or reaches anything of this connection any more, and the CPU is for those who are still to be told, and for those
+/// who log in.
+void SessionProcess::hold_still(Clock::time_point farewell, Clock::time_point until) {
+  const auto left = [](Clock::time_point t) { return static_cast<int>(std::max<std::int64_t>(0, std::chrono::ceil<std::chrono::milliseconds>(t - Clock::now()).count())); };
+  for (;;) {
+    pollfd p{net_.fd(), static_cast<short>(net_.blocked() ? POLLOUT : 0), 0};
+    if (!net_.is_open() || (::poll(&p, 1, left(farewell)) > 0 && (p.revents & (POLLHUP | POLLERR)) != 0)) break;
+    if (left(farewell) == 0) {
+      kill_net();
+      break;
+    }
+    net_.flush();
+  }
+  while (left(until) > 0) ::poll(nullptr, 0, left(until));
+  net_gone();
 }
 
 void SessionProcess::watch_tree() {
@@ -821,7 +834,6 @@ void SessionProcess::sweep() {
 
 bool SessionProcess::done() const {
   if (net_.is_open()) return false;
-  if (revoked_ && Clock::now() < stays_until_) return false;
   if ((revoked_ || ending_tree_) && !waited_) return false;
   if (forwarding_ && !forwarding_->finished()) return false;
   return closing_.empty();

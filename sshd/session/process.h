@@ -86,6 +86,7 @@ class SessionProcess {
   void net_gone();
   void end_tree();
   void revoke(std::string_view text, std::chrono::milliseconds clear_up = {});
+  void hold_still(Clock::time_point farewell, Clock::time_point until);
   void recorder_lost();
   void watch_tree();
   void reap();
@@ -98,7 +99,6 @@ class SessionProcess {
   const bool as_root_;
   Phase phase_ = Phase::new_born;
   std::vector<UniqueFd> doomed_;  // for close_elsewhere(); before those that let go
-  Clock::time_point stays_until_;  // revoked: what is left to do begins then
   UniqueFd parted_;               // net's socket after its end: a process that exits does not linger, and needs no other one to close it
   Outbox broker_;
   Outbox net_;

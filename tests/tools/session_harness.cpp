@@ -459,8 +459,9 @@ std::optional<Message> Harness::broker_receive(std::chrono::milliseconds limit) 
   return std::nullopt;
 }
 
-void Harness::revoke(std::string_view text) {
+void Harness::revoke(std::string_view text, std::chrono::milliseconds clear_up) {
   ses::Revoke r;
+  r.clear_up_ms = static_cast<std::uint32_t>(clear_up.count());
   (void)r.text.set(text);
   (void)send_body(broker.get(), ses::version, static_cast<std::uint16_t>(ses::Type::revoke), r);
 }

@@ -127,7 +127,7 @@ class Harness {
 
   // As broker: events of the session are kept in `events`, channel counts passed over.
   std::optional<Message> broker_receive(std::chrono::milliseconds limit = 15s);
-  void revoke(std::string_view text);
+  void revoke(std::string_view text, std::chrono::milliseconds clear_up = {});
 
   UniqueFd control, broker, net;
   pid_t session_pid = 0;

@@ -317,6 +317,32 @@ TEST_CASE("revoke shows the text, ends net, and kills all, also what has left it
   if (is_root()) CHECK(eventually([&] { return ::access(("/sys/fs/cgroup/unified/postern/" + h.facts.id().text()).c_str(), F_OK) != 0; }));
 }
 
+TEST_CASE("one of many that are revoked is told at once, and its programs are ended behind that", "[session]") {
+  TestUser user;
+  OpenFolder folder;
+  Harness h;
+  StandInRelay relay{h.folder.path + "/relay.sock"};
+  h.facts.record = GENERATE(0, 1);
+  h.facts.farewell_ms = 500;
+  h.log_in(user);
+  REQUIRE(h.open(0));
+  REQUIRE(h.pty(0));
+  auto r = h.start(0, ch::StartKind::exec, "trap '' HUP TERM; echo $$ > " + folder.path + "/pid; while :; do sleep 1; done");
+  REQUIRE(r);
+  const pid_t pid = pid_from(folder.path + "/pid");
+  REQUIRE(pid > 0);
+  h.revoke("Access revoked.", 1500ms);
+  const auto m = h.net_receive();
+  REQUIRE(m);
+  CHECK(m->body<ch::Disconnect>()->text.get() == "Access revoked.");
+  const bool net_goes = GENERATE(true, false);
+  if (net_goes) h.net.reset();
+  else CHECK(eventually([&] { return is_gone(h.net_stand_in); }));  // its time is over
+  CHECK_FALSE(is_gone(pid));
+  REQUIRE(h.session_died(8s));
+  CHECK(eventually([&] { return is_gone(pid); }, 1s));
+}
+
 TEST_CASE("SIGTERM ends a session like a revoke", "[session]") {
   TestUser user;
   Harness h;
