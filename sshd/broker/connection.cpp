@@ -579,14 +579,18 @@ void Connection::revoke(const std::string& text, const std::string& why) {
 }
 
 void Connection::re_evaluate() {
-  if (done_ || !granted_ || phase_ != Phase::live) return;
+  if (done_ || !granted_ || phase_ != Phase::live || cut_off_) return;
   broker_.provider().who_is(peer_, [self = shared_from_this()](Expected<std::optional<Node>> answer) {
     if (self->done_ || self->phase_ != Phase::live) return;
     if (!answer && answer.error().code == EAGAIN) return;  // the provider cannot say now: live sessions go on
-    if (!answer) return self->broker_.cut_off(self, "the network no longer stands for it: " + answer.error().doing);
-    if (!*answer) return self->broker_.cut_off(self, "the network no longer knows this address");
-    if (const std::string why = self->difference(**answer); !why.empty()) self->broker_.cut_off(self, why);
+    if (!answer) return self->cut_off("the network no longer stands for it: " + answer.error().doing);
+    if (!*answer) return self->cut_off("the network no longer knows this address");
+    if (const std::string why = self->difference(**answer); !why.empty()) self->cut_off(why);
   });
+}
+
+void Connection::cut_off(std::string why) {
+  if (!std::exchange(cut_off_, true)) broker_.cut_off(shared_from_this(), std::move(why));
 }
 
 std::string Connection::difference(const Node& node) const {
@@ -606,8 +610,6 @@ std::string Connection::difference(const Node& node) const {
   if (!rules) return "what the network says of its sessions cannot be read: " + rules.error().doing;
   ConnectionFacts::Rules today;
   if (rules->command_conflict || !write_rules(*rules, today) || today != f.rules) return "its session rules changed";
-  // A session of the version before forwards nothing, whatever the defaults of what its facts do not hold say.
-  if (f.version < 3) return {};
   ConnectionFacts::Forwarding forwarding;
   if (!write_forwarding(*rules, verdict.enforce_recorder, forwarding) || forwarding != f.forwarding) return "its session rules on forwarding changed";
   return {};

@@ -66,6 +66,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void kill_session();
   void deny(const std::string& text, const std::string& why);
   void break_off(const std::string& why);
+  void cut_off(std::string why);
   void kill_net();
   void watch_session();
   void watch_net();
@@ -100,6 +101,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool signed_once_ = false;
   bool granted_ = false;
   bool counted_ = true;  ///< among the unauthenticated
+  bool cut_off_ = false;  ///< no longer allowed, and in the broker's queue
   bool done_ = false;
   bool session_answered_ = false;  ///< said ready, or that PAM refuses
   bool session_ready_ = false;

@@ -67,8 +67,7 @@ struct ConnectionFacts {
   FixedText<256> pam_confdir;                 ///< pam_start_confdir(3) folder; empty = the system's (tests bring their own stack)
   FixedText<256> sftp_server;                 ///< path of OpenSSH's sftp-server; empty = no sftp
 
-  /// Since version 2: the rules of our own that hold for this connection (auth/policy/session_rules.h, docs/POLICY.md). The defaults change
-  /// nothing, so that facts of version 1 read as facts without rules; a broker for which there are some then sees the difference.
+  /// The rules of our own that hold for this connection (auth/policy/session_rules.h, docs/POLICY.md). The defaults change nothing.
   struct Rules {
     static constexpr std::uint32_t no_limit = 0xffffffff;
     enum class Sftp : std::uint8_t { full = 0, read_only = 1, none = 2 };
@@ -84,10 +83,9 @@ struct ConnectionFacts {
     bool operator==(const Rules& other) const noexcept;
     bool valid() const noexcept;
   } rules;
-  std::uint32_t padding = 0;  ///< version 2 ended with it
+  std::uint32_t padding = 0;
 
-  /// Since version 3: what of forwardings is allowed, enforceRecorder considered. The defaults allow all, so that facts of version 2 (whose
-  /// sessions refuse every forwarding) compare as what holds where nothing is limited.
+  /// What of forwardings is allowed, enforceRecorder considered. The defaults allow all.
   struct Forwarding {
     std::uint8_t local = 1, remote = 1, agent = 1, x11 = 1;  ///< 0: none at all
     FixedText<4096> local_targets, remote_targets;           ///< forward_targets.h; empty: every target
@@ -113,10 +111,7 @@ struct ConnectionFacts {
   Id id() const { return Id{connection_id}; }
 };
 static_assert(std::is_trivially_copyable_v<ConnectionFacts>);
-/// Version 2 ended where the forwardings begin.
-inline constexpr std::size_t facts_version_2_size = 14'224;
-static_assert(offsetof(ConnectionFacts, forwarding) == facts_version_2_size);
-/// Version 3 where the times begin.
+/// Version 3 ended where the times begin.
 inline constexpr std::size_t facts_version_3_size = 22'704;
 static_assert(offsetof(ConnectionFacts, hang_up_ms) == facts_version_3_size);
 

@@ -46,6 +46,18 @@ class Writer {
     number(all.size());
     for (const auto& s : all) text(s);
   }
+  void groups(const std::vector<gid_t>& all) {
+    number(all.size());
+    for (const auto g : all) number(g);
+  }
+  void user(const pty::LocalUser& u) {
+    text(u.name);
+    number(u.uid);
+    number(u.gid);
+    text(u.home);
+    text(u.shell);
+    groups(u.groups);
+  }
   std::string out;
 };
 
@@ -77,6 +89,21 @@ class Reader {
     std::vector<std::string> all;
     for (auto n = number(); n > 0 && good; n--) all.push_back(text());
     return all;
+  }
+  std::vector<gid_t> groups() {
+    std::vector<gid_t> all;
+    for (auto n = number(); n > 0 && good; n--) all.push_back(static_cast<gid_t>(number()));
+    return all;
+  }
+  pty::LocalUser user() {
+    pty::LocalUser u;
+    u.name = text();
+    u.uid = static_cast<uid_t>(number());
+    u.gid = static_cast<gid_t>(number());
+    u.home = text();
+    u.shell = text();
+    u.groups = groups();
+    return u;
   }
   bool good = true;
 
@@ -127,12 +154,7 @@ Launched serve_launch(const Message& m, const std::function<void(const std::stri
   const std::string bytes = from_memfd(m.fds[0].get());
   Reader r{bytes};
   pty::Launch what;
-  what.user.name = r.text();
-  what.user.uid = static_cast<uid_t>(r.number());
-  what.user.gid = static_cast<gid_t>(r.number());
-  what.user.home = r.text();
-  what.user.shell = r.text();
-  for (auto n = r.number(); n > 0 && r.good; n--) what.user.groups.push_back(static_cast<gid_t>(r.number()));
+  what.user = r.user();
   what.environment = r.list();
   const std::string command = r.text();
   if (flags->has_command != 0) what.command = command;
@@ -158,12 +180,7 @@ Launched serve_helper(const Message& m) {
   const std::string bytes = from_memfd(m.fds[0].get());
   Reader r{bytes};
   helper::Settings settings;
-  settings.user.name = r.text();
-  settings.user.uid = static_cast<uid_t>(r.number());
-  settings.user.gid = static_cast<gid_t>(r.number());
-  settings.user.home = r.text();
-  settings.user.shell = r.text();
-  for (auto n = r.number(); n > 0 && r.good; n--) settings.user.groups.push_back(static_cast<gid_t>(r.number()));
+  settings.user = r.user();
   const auto local = ForwardTargets::decode(r.text());
   const auto remote = ForwardTargets::decode(r.text());
   settings.gateway_ports = r.number() != 0;
@@ -192,8 +209,7 @@ Launched serve_helper(const Message& m) {
   w.number(result.opened);
   w.number(result.same_user);
   w.text(result.reason);
-  w.number(result.groups.size());
-  for (const auto g : result.groups) w.number(g);
+  w.groups(result.groups);
   w.list(result.environment);
   w.text(result.texts);
   const UniqueFd payload = into_memfd(w.out);
@@ -265,7 +281,7 @@ Expected<std::unique_ptr<PamHolder>> PamHolder::start(auth::pam::PamSession& pam
   result.opened = r.number() != 0;
   result.same_user = r.number() != 0;
   result.reason = r.text();
-  for (auto n = r.number(); n > 0 && r.good; n--) result.groups.push_back(static_cast<gid_t>(r.number()));
+  result.groups = r.groups();
   result.environment = r.list();
   result.texts = r.text();
   if (!r.good) result.opened = false;
@@ -288,13 +304,7 @@ void PamHolder::end() {
 
 Expected<pid_t> PamHolder::launch(const pty::Launch& what, const std::string& login_path) {
   Writer w;
-  w.text(what.user.name);
-  w.number(what.user.uid);
-  w.number(what.user.gid);
-  w.text(what.user.home);
-  w.text(what.user.shell);
-  w.number(what.user.groups.size());
-  for (const auto g : what.user.groups) w.number(g);
+  w.user(what.user);
   w.list(what.environment);
   w.text(what.command.value_or(""));
   w.text(what.greeting);
@@ -317,13 +327,7 @@ Expected<std::pair<UniqueFd, pid_t>> PamHolder::start_helper(const helper::Setti
   auto pair = seqpacket_pair();
   if (!pair) return Unexpected{pair.error()};
   Writer w;
-  w.text(settings.user.name);
-  w.number(settings.user.uid);
-  w.number(settings.user.gid);
-  w.text(settings.user.home);
-  w.text(settings.user.shell);
-  w.number(settings.user.groups.size());
-  for (const auto g : settings.user.groups) w.number(g);
+  w.user(settings.user);
   w.text(local);
   w.text(remote);
   w.number(settings.gateway_ports);
