@@ -1,5 +1,6 @@
 #include "base/processes.h"
 
+#include "base/file.h"
 #include "base/unique_fd.h"
 
 #include <dirent.h>
@@ -11,13 +12,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 #include <map>
 #include <sstream>
 
@@ -70,6 +71,34 @@ std::vector<pid_t> members_of_cgroup(const std::string& cgroup) {
   return pids;
 }
 
+std::optional<ProcessStat> stat_of(pid_t pid) {
+  // Not by a stream: the process may end between open(2) and read(2), and std::filebuf throws at ESRCH.
+  const UniqueFd file{::open(("/proc/" + std::to_string(pid) + "/stat").c_str(), O_RDONLY | O_CLOEXEC)};
+  char text[2048];
+  const ssize_t n = file ? ::read(file.get(), text, sizeof text) : -1;
+  if (n <= 0) return std::nullopt;
+  std::string_view rest{text, static_cast<std::size_t>(n)};
+  const auto close = rest.rfind(')');  // the command may hold anything, blanks and brackets too
+  if (close == std::string_view::npos) return std::nullopt;
+  rest.remove_prefix(close + 1);
+  ProcessStat stat;
+  const auto number = [](std::string_view word, auto& out) { return std::from_chars(word.data(), word.data() + word.size(), out).ec == std::errc{}; };
+  for (int field = 3; field <= 22; field++) {
+    rest.remove_prefix(std::min(rest.find_first_not_of(' '), rest.size()));
+    const auto word = rest.substr(0, rest.find(' '));
+    if (word.empty()) return std::nullopt;
+    if (field == 3) stat.state = word.front();
+    if ((field == 4 && !number(word, stat.parent)) || (field == 22 && !number(word, stat.start_time))) return std::nullopt;
+    rest.remove_prefix(word.size());
+  }
+  return stat;
+}
+
+std::string boot_id() {
+  const auto text = read_whole_file("/proc/sys/kernel/random/boot_id", 64);
+  return text ? text->substr(0, text->find('\n')) : std::string{};
+}
+
 std::vector<pid_t> descendants_of(pid_t root) {
   std::map<pid_t, std::vector<pid_t>> children;
   DIR* proc = ::opendir("/proc");
@@ -78,14 +107,7 @@ std::vector<pid_t> descendants_of(pid_t root) {
     pid_t pid = 0;
     const std::string_view name{e->d_name};
     if (std::from_chars(name.data(), name.data() + name.size(), pid).ptr != name.data() + name.size() || pid <= 0) continue;
-    std::ifstream stat{"/proc/" + std::string{name} + "/stat"};
-    const std::string text{std::istreambuf_iterator<char>{stat}, {}};
-    const auto close = text.rfind(')');  // the command may hold anything, blanks and brackets too
-    if (close == std::string::npos) continue;
-    std::istringstream rest{text.substr(close + 1)};
-    char state = 0;
-    pid_t parent = 0;
-    if (rest >> state >> parent && state != 'Z' && state != 'X') children[parent].push_back(pid);
+    if (const auto stat = stat_of(pid); stat && stat->living()) children[stat->parent].push_back(pid);
   }
   ::closedir(proc);
   std::vector<pid_t> found, todo{root};

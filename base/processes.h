@@ -2,6 +2,7 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -21,6 +22,19 @@ std::string cgroup_of(pid_t pid);
 
 /// The processes in a cgroup (without those of groups below it).
 std::vector<pid_t> members_of_cgroup(const std::string& cgroup);
+
+/// Of /proc/PID/stat (proc(5)).
+struct ProcessStat {
+  char state = 0;                ///< 'R', 'S', … 'Z': has ended, and nobody has waited for it
+  pid_t parent = 0;
+  std::uint64_t start_time = 0;  ///< clock ticks after boot: with boot_id() and the pid it names a process for good
+  bool living() const noexcept { return state != 'Z' && state != 'X'; }
+};
+/// Nothing: there is no such process, not any more, or not for us (hidepid).
+std::optional<ProcessStat> stat_of(pid_t pid);
+
+/// random(4), /proc/sys/kernel/random/boot_id.
+std::string boot_id();
 
 /// All living descendants of `root`, by /proc; zombies are left out.
 std::vector<pid_t> descendants_of(pid_t root);

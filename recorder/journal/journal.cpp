@@ -1,5 +1,7 @@
 #include "recorder/journal/journal.h"
 
+#include "base/file.h"
+
 #include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
 
@@ -13,16 +15,22 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
-#include <fstream>
 
 namespace postern::recorder::journal {
 namespace {
 
 using Json = nlohmann::json;
 constexpr std::size_t largest_meta = 3500;
+constexpr std::size_t largest_meta_file = 64 * 1024 * 1024;  // a line is added at each change
 constexpr auto lock_patience = std::chrono::seconds{3};  // a predecessor that was just killed
 
 constexpr const char* ending_names[] = {"none", "ended", "cut"};
+
+/// Empty when it cannot be read: what there is of it is nothing then, and that is an error in the log.
+std::string text_of(const std::string& path) {
+  auto text = read_whole_file(path, largest_meta_file);
+  return text ? std::move(*text) : std::string{};
+}
 
 template <class T>
 void get(const Json& json, const char* name, T& into) {
@@ -253,8 +261,7 @@ Expected<std::vector<std::shared_ptr<Entry>>> Journal::load() {
   std::vector<std::shared_ptr<Entry>> entries;
   for (std::filesystem::directory_iterator it{settings_.dir, ec}, end; !ec && it != end; it.increment(ec)) {
     if (it->path().extension() != ".meta") continue;
-    std::ifstream in{it->path(), std::ios::binary};
-    std::string text{std::istreambuf_iterator<char>{in}, {}}, line;
+    const std::string text = text_of(it->path());
     std::optional<Meta> meta;
     for (std::size_t at = 0; at < text.size();) {
       const auto stop = text.find('\n', at);

@@ -1,6 +1,7 @@
 #include "recorder/relay/relay.h"
 
 #include "base/log.h"
+#include "base/processes.h"
 
 #include <boost/asio/post.hpp>
 #include <boost/asio/write.hpp>
@@ -16,8 +17,6 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
-#include <fstream>
-#include <sstream>
 
 namespace postern::recorder::relay {
 
@@ -38,33 +37,13 @@ std::int64_t unix_ms() {
   return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
-const std::string& boot_id() {
-  static const std::string id = [] {
-    std::ifstream in{"/proc/sys/kernel/random/boot_id"};
-    std::string line;
-    std::getline(in, line);
-    return line;
-  }();
-  return id;
-}
-
 /// Whether the process that opened a recording is gone for good. What cannot be told (hidepid) counts as alive.
 bool session_is_dead(const journal::Meta& meta) {
-  if (meta.boot_id != boot_id()) return true;
-  if (meta.pid <= 0) return true;
-  std::ifstream in{"/proc/" + std::to_string(meta.pid) + "/stat"};
-  std::string text{std::istreambuf_iterator<char>{in}, {}};
-  // proc(5): the name in parentheses may hold anything, so fields count from the last ')'. State is field 3, start time 22.
-  const auto paren = text.rfind(')');
-  if (paren == std::string::npos) return ::kill(meta.pid, 0) != 0 && errno == ESRCH;
-  std::istringstream fields{text.substr(paren + 1)};
-  std::string state, skipped;
-  std::uint64_t start_time = 0;
-  fields >> state;
-  for (int field = 4; field < 22; field++) fields >> skipped;
-  fields >> start_time;
-  if (state == "Z" || state == "X") return true;
-  return fields && start_time != meta.start_time;
+  static const std::string boot = boot_id();
+  if (meta.boot_id != boot || meta.pid <= 0) return true;
+  const auto stat = stat_of(meta.pid);
+  if (!stat) return ::kill(meta.pid, 0) != 0 && errno == ESRCH;
+  return !stat->living() || stat->start_time != meta.start_time;
 }
 
 const char* name_of(RecorderState state) {

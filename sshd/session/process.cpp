@@ -22,7 +22,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 
 namespace postern::sshd::session {
 namespace {
@@ -41,14 +40,6 @@ constexpr std::size_t most_held_bytes = 4 * 1024 * 1024;  ///< of all channels
 constexpr std::chrono::milliseconds forward_end_wait{2'000};
 
 UniqueFd open_pidfd(pid_t pid) { return UniqueFd{static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))}; }
-
-/// -1 when it has ended (proc(5), fdinfo of a pidfd).
-pid_t pid_of(int pidfd) {
-  std::ifstream in{"/proc/self/fdinfo/" + std::to_string(pidfd)};
-  for (std::string word; in >> word;)
-    if (pid_t pid = -1; word == "Pid:" && in >> pid) return pid;
-  return -1;
-}
 
 std::vector<gid_t> current_groups() {
   const int n = ::getgroups(0, nullptr);
@@ -418,7 +409,7 @@ void SessionProcess::try_register() {
   // The numbers are for the log; what counts are the pidfds.
   ses::Register r;
   r.session_pid = ::getpid();
-  r.net_pid = pid_of(net_pidfd_.get());
+  r.net_pid = pid_of(net_pidfd_.get()).value_or(-1);
   const int fds[3] = {facts_fd_.get(), own_pidfd_.get(), net_pidfd_.get()};
   if (!send_body(s.get(), ses::version, static_cast<std::uint16_t>(ses::Type::register_session), r, {}, fds)) return schedule_register();
   registering_ = true;

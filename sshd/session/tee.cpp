@@ -1,5 +1,7 @@
 #include "sshd/session/tee.h"
 
+#include "base/processes.h"
+
 #include <spdlog/spdlog.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -9,9 +11,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <ctime>
-#include <fstream>
 #include <iterator>
-#include <sstream>
 
 namespace postern::sshd::session {
 namespace {
@@ -28,27 +28,6 @@ std::uint64_t boot_ns() {
   timespec t{};
   ::clock_gettime(CLOCK_BOOTTIME, &t);
   return static_cast<std::uint64_t>(t.tv_sec) * 1'000'000'000U + static_cast<std::uint64_t>(t.tv_nsec);
-}
-
-std::string boot_id() {
-  std::ifstream in{"/proc/sys/kernel/random/boot_id"};
-  std::string text;
-  std::getline(in, text);
-  return text;
-}
-
-std::uint64_t own_start_time() {
-  std::ifstream in{"/proc/self/stat"};
-  const std::string text{std::istreambuf_iterator<char>{in}, {}};
-  const auto close = text.rfind(')');
-  if (close == std::string::npos) return 0;
-  std::istringstream rest{text.substr(close + 1)};
-  std::string word;
-  for (int field = 3; field < 22 && rest >> word; field++) {
-  }
-  std::uint64_t ticks = 0;
-  rest >> ticks;
-  return ticks;
 }
 
 }  // namespace
@@ -77,7 +56,7 @@ Tee::Tee(Poller& poller, const ConnectionFacts& facts, const recorder::cast::Hea
   open.enforce = enforce_;
   open.boot_id = boot_id();
   open.pid = ::getpid();
-  open.start_time = own_start_time();
+  open.start_time = stat_of(::getpid()).value_or(ProcessStat{}).start_time;
   RelayLink::Handlers h;
   h.written = [this](std::uint64_t) { link_moved(); };
   h.journaled = [this](std::uint64_t) { link_moved(); };
