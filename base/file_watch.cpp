@@ -9,6 +9,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <utility>
 
@@ -16,6 +17,7 @@ namespace postern {
 namespace {
 
 constexpr auto settle_time = std::chrono::milliseconds{50};
+constexpr int most_links = 40;  // as the kernel (path_resolution(7))
 
 }  // namespace
 
@@ -29,36 +31,40 @@ FileWatch::FileWatch(boost::asio::io_context& io, std::string file, std::functio
   events_.assign(fd);
   watch();
   wait();
+  later();  // it may have changed before it was watched
 }
 
-/// The folder of the file, and of each link on the way to what it names: whatever happens to the file happens in one of them. And the folder that each
-/// is in, for it may be replaced as a whole.
+/// The folder of each link on the way to the file, wherever it is on that way; at its end the folder of the file, and the folder that this one is in, for
+/// it may be replaced as a whole: whatever happens to the file happens in one of them.
 void FileWatch::watch() {
   namespace fs = std::filesystem;
-  const auto add = [this](const fs::path& folder) {
-    return ::inotify_add_watch(events_.native_handle(), folder.c_str(), IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR) >= 0;
+  int error = 0;
+  const auto add = [&](const fs::path& folder) {
+    if (::inotify_add_watch(events_.native_handle(), folder.c_str(), IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_ONLYDIR) < 0) error = errno;
   };
-  fs::path at{file_};
-  bool all = true;
-  for (int links = 0; links < 8; links++) {
-    const fs::path folder = at.has_parent_path() ? at.parent_path() : fs::path{"."};
-    all = add(folder) && all;
-    const int error = errno;
-    if (!all && !std::exchange(warned_, true))
-      spdlog::warn("event=file_not_watched file={} folder={} why={}", safe_quoted(file_), safe_quoted(folder.string()), safe_quoted(std::strerror(error)));
-    std::error_code ec;
-    add(fs::absolute(folder, ec).lexically_normal().parent_path());
-    // The folder itself may be a link, too (..data).
-    const auto real = fs::weakly_canonical(folder, ec);
-    if (!ec && real != folder) {
-      add(real);
-      add(real.parent_path());
+  std::error_code ec;
+  const fs::path whole = fs::absolute(file_, ec).lexically_normal();
+  std::deque<fs::path> rest{whole.begin(), whole.end()};
+  fs::path at;
+  for (int links = 0; !rest.empty();) {
+    const fs::path next = at / rest.front();  // the first one is "/"
+    rest.pop_front();
+    if (!next.has_filename() && next != next.root_path()) continue;  // a "/" at the end
+    const fs::path target = links < most_links ? fs::read_symlink(next, ec) : fs::path{};
+    if (target.empty()) {
+      at = next.lexically_normal();
+      continue;
     }
-    const auto target = fs::read_symlink(at, ec);
-    if (ec) break;
-    at = target.is_absolute() ? target : at.parent_path() / target;
+    links++;
+    add(at);
+    rest.insert(rest.begin(), target.begin(), target.end());  // an absolute one begins with "/", which starts anew
   }
-  if (all) warned_ = false;
+  add(at.parent_path().parent_path());
+  error = 0;  // that one may be another user's
+  add(at.parent_path());
+  if (error != 0 && !std::exchange(warned_, true))
+    spdlog::warn("event=file_not_watched file={} folder={} why={}", safe_quoted(file_), safe_quoted(at.parent_path().string()), safe_quoted(std::strerror(error)));
+  if (error == 0) warned_ = false;
 }
 
 void FileWatch::wait() {

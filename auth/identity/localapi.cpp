@@ -29,8 +29,8 @@ constexpr std::size_t read_bytes = 64 * 1024;
 constexpr std::size_t max_unparsed_bytes = 16 * 1024;
 
 /// tailscaled refuses a foreign Host, and any Referer or Origin (ipn/localapi/localapi.go).
-std::string head_of(const std::string& method, const std::string& target) {
-  return method + " " + target + " HTTP/1.1\r\nHost: local-tailscaled.sock\r\n" + (method == "GET" ? "" : "Content-Length: 0\r\n") + "\r\n";
+std::string head_of(const std::string& target) {
+  return "GET " + target + " HTTP/1.1\r\nHost: local-tailscaled.sock\r\n\r\n";
 }
 
 Error away(const std::string& doing) {
@@ -156,8 +156,7 @@ class LocalApi::Connection : public std::enable_shared_from_this<LocalApi::Conne
   }
 
   void send() {
-    out_ = head_of(question_->method, question_->target);
-    if (question_->sent) question_->sent();
+    out_ = head_of(question_->target);
     asio::async_write(socket_, asio::buffer(out_), [self = shared_from_this(), n = number_](error_code ec, std::size_t) {
       // An answer may be there in spite of it; the reader sees the end if not.
       if (ec && self->owner_ != nullptr && self->number_ == n && self->question_ && !self->response_->begun()) self->lost(ec.message());
@@ -317,7 +316,7 @@ class LineStream::State : public std::enable_shared_from_this<LineStream::State>
       : io_{io}, socket_{io}, timer_{io}, max_line_{max_line}, timeout_{timeout}, handlers_{std::move(handlers)}, buffer_(read_bytes), response_{std::nullopt} {}
 
   void start(const std::string& socket, const std::string& target) {
-    out_ = head_of("GET", target);
+    out_ = head_of(target);
     expect("no answer");
     const auto endpoint = endpoint_of(socket);
     if (!endpoint) return asio::post(io_, [self = shared_from_this()] { self->end("its path is no socket's"); });

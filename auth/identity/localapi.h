@@ -35,11 +35,9 @@ class LocalApi {
     std::string body;
   };
   struct Question {
-    std::string method = "GET";
     std::string target;         ///< "/localapi/v0/status"
     std::size_t limit = 0;      ///< of the answer's body
     bool first = false;         ///< before those that wait already
-    std::function<void()> sent = {};  ///< as its first byte is handed to the kernel; again where a kept connection had been closed meanwhile
     std::function<void(Expected<Answer>)> answer;
   };
 

@@ -38,7 +38,7 @@ const Address proxy_address = *Address::parse("127.0.0.1");
 class Tailscaled : public Provider {
  public:
   Tailscaled(boost::asio::io_context& io, TailscaledSettings settings)
-      : io_{io}, settings_{std::move(settings)}, api_{io, settings_.socket, settings_.timeout}, retry_{io}, look_{io}, expiry_{io} {}
+      : io_{io}, settings_{std::move(settings)}, api_{io, settings_.socket, settings_.timeout}, retry_{io}, look_{io}, rules_time_{io}, expiry_{io} {}
   ~Tailscaled() override { *alive_ = false; }
 
   void start(std::function<void(Expected<Done>)> ready, std::function<void()> changed) override {
@@ -54,15 +54,17 @@ class Tailscaled : public Provider {
     // Without a TUN device the kernel knows nothing of the network: any machine nearby could have such an address.
     if (proxied && peer.address != proxy_address) return answer(std::optional<Node>{});
     const Endpoint who{peer.address, proxied ? peer.port : std::uint16_t{0}};
-    if (const auto it = answers_.find(who); it != answers_.end() && it->second.until > Clock::now()) return answer(it->second.answer);
-    auto& waiting = asking_[{epoch_, who}];
+    // An answer by port is good for that one connection: whoever has the port next is somebody else.
+    const std::uint64_t turn = proxied ? by_port | by_port_++ : epoch_;
+    if (const auto it = answers_.find(who); !proxied && it != answers_.end() && it->second.until > Clock::now()) return answer(it->second.answer);
+    auto& waiting = asking_[{turn, who}];
     waiting.push_back(std::move(answer));
     if (waiting.size() > 1) return;
     LocalApi::Question question;
     // By address alone wherever that is enough: a port that tailscaled's proxy does not know holds up all of tailscaled.
     question.target = "/localapi/v0/whois?" + (proxied ? "proto=tcp&addr=" + who.text() : "addr=" + who.address.text());
     question.limit = max_whois_bytes;
-    question.answer = [this, who, epoch = epoch_](Expected<LocalApi::Answer> got) { answered(who, epoch, std::move(got)); };
+    question.answer = [this, who, turn](Expected<LocalApi::Answer> got) { answered(who, turn, std::move(got)); };
     api_.ask(std::move(question));
   }
 
@@ -123,6 +125,7 @@ class Tailscaled : public Provider {
     looking_ = false;
     look_again_ = false;
     netmap_.reset();
+    rules_time_.cancel();
     be_ready();
     retry_.expires_after(pause_);
     pause_ = std::min<std::chrono::milliseconds>(pause_ * 2, last_retry);
@@ -185,14 +188,22 @@ class Tailscaled : public Provider {
 
   void look_at_rules() {
     const auto end = [this](Expected<std::string> rules) {
-      ssh_policy_ = std::move(rules);
       // Not from within its own handler's frame of the stream that is asked for.
-      boost::asio::post(io_, [this, alive = alive_] {
+      boost::asio::post(io_, [this, alive = alive_, rules = std::move(rules)]() mutable {
         if (!*alive || !netmap_) return;
         netmap_.reset();
+        rules_time_.cancel();
+        // Whatever may pass is tried again, as for the status.
+        if (!rules && rules.error().code == EAGAIN) return lost(rules.error().doing), bus_.reset();
+        ssh_policy_ = std::move(rules);
         looked();
       });
     };
+    // The stream itself may be silent for ever between its lines, and a tailscaled without a map has none to send.
+    rules_time_.expires_after(settings_.timeout);
+    rules_time_.async_wait([end, alive = alive_](error_code ec) {
+      if (!ec && *alive) end(Unexpected{Error{EAGAIN, "no network map came"}});
+    });
     netmap_ = std::make_unique<LineStream>(
         io_, settings_.socket, netmap_target, max_netmap_bytes, settings_.timeout,
         LineStream::Handlers{[] {},
@@ -250,8 +261,8 @@ class Tailscaled : public Provider {
     });
   }
 
-  void answered(const Endpoint& who, std::uint64_t epoch, Expected<LocalApi::Answer> got) {
-    const auto at = asking_.find({epoch, who});
+  void answered(const Endpoint& who, std::uint64_t turn, Expected<LocalApi::Answer> got) {
+    const auto at = asking_.find({turn, who});
     if (at == asking_.end()) return;
     const auto waiting = std::move(at->second);
     asking_.erase(at);
@@ -267,7 +278,7 @@ class Tailscaled : public Provider {
     }
     // One of before a change is told to those who asked before it; they will be looked at again.
     const bool sure = answer || answer.error().code != EAGAIN;
-    if (epoch == epoch_ && known_ && sure && answers_.size() < most_answers) answers_.insert_or_assign(who, Known{answer, Clock::now() + answers_serve});
+    if (turn == epoch_ && known_ && sure && answers_.size() < most_answers) answers_.insert_or_assign(who, Known{answer, Clock::now() + answers_serve});
     const auto alive = alive_;
     for (const auto& call : waiting) {
       if (!*alive) return;
@@ -280,7 +291,7 @@ class Tailscaled : public Provider {
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
   LocalApi api_;
   std::unique_ptr<LineStream> bus_, netmap_;
-  boost::asio::steady_timer retry_, look_, expiry_;
+  boost::asio::steady_timer retry_, look_, rules_time_, expiry_;
   std::function<void(Expected<Done>)> ready_;
   std::function<void()> changed_;
 
@@ -296,6 +307,8 @@ class Tailscaled : public Provider {
   bool looking_ = false, look_again_ = false;
 
   std::uint64_t epoch_ = 0;  ///< counts notices
+  static constexpr std::uint64_t by_port = std::uint64_t{1} << 63;
+  std::uint64_t by_port_ = 0;  ///< counts questions about one connection
   std::map<Endpoint, Known> answers_;
   std::map<std::pair<std::uint64_t, Endpoint>, std::vector<Answer>> asking_;
 };

@@ -347,9 +347,10 @@ UapiQuestion::~UapiQuestion() { state_->leave(); }
 // ---- the kernel
 
 Expected<bool> read_wireguard_netlink(std::span<const std::byte> datagram, PeerTable& table, std::optional<PublicKey>& last) {
-  bool over = false, broken = false;
+  bool over = false, broken = false, interrupted = false;
   int error = 0;
   const auto read = messages(datagram, [&](const nlmsghdr& head, std::span<const std::byte> body) {
+    interrupted = interrupted || (head.nlmsg_flags & NLM_F_DUMP_INTR) != 0;
     if (head.nlmsg_type == NLMSG_ERROR || head.nlmsg_type == NLMSG_DONE) {
       error = body.size() < sizeof(std::int32_t) && head.nlmsg_type == NLMSG_DONE ? 0 : error_in(body);
       over = true;
@@ -366,10 +367,12 @@ Expected<bool> read_wireguard_netlink(std::span<const std::byte> datagram, PeerT
   if (!read) return Unexpected{read.error()};
   if (broken) return Unexpected{wrong("an attribute of a wrong length")};
   if (error != 0) return Unexpected{kernel_error(error)};
+  if (interrupted) return Unexpected{Error{EINTR, "asking the kernel for WireGuard: its peers changed meanwhile"}};
   return over;
 }
 
-Expected<PeerTable> ask_kernel(const std::string& interface, std::chrono::milliseconds timeout) {
+namespace {
+Expected<PeerTable> ask_kernel_once(const std::string& interface, std::chrono::milliseconds timeout) {
   const UniqueFd fd{::socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_GENERIC)};
   if (!fd) return Unexpected{Error{EAGAIN, std::string{"asking the kernel for WireGuard: "} + std::strerror(errno)}};
   const timeval limit{timeout.count() / 1000, timeout.count() % 1000 * 1000};
@@ -390,6 +393,15 @@ Expected<PeerTable> ask_kernel(const std::string& interface, std::chrono::millis
     if (!over) return Unexpected{over.error()};
     if (*over) return table;
   }
+}
+}  // namespace
+
+Expected<PeerTable> ask_kernel(const std::string& interface, std::chrono::milliseconds timeout) {
+  // The kernel ends a dump early when its peers change, and marks it; it is to be asked again (wireguard/netlink.c, wg_get_device_dump).
+  auto answer = ask_kernel_once(interface, timeout);
+  for (int again = 0; again < 3 && !answer && answer.error().code == EINTR; again++) answer = ask_kernel_once(interface, timeout);
+  if (!answer && answer.error().code == EINTR) answer.error().code = EAGAIN;
+  return answer;
 }
 
 }  // namespace postern::auth::identity

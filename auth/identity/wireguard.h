@@ -72,7 +72,7 @@ class UapiReader {
 };
 
 /// One datagram of the answer to WG_CMD_GET_DEVICE (linux/wireguard.h): adds its peers to `table`. A peer that does not fit goes on in the next one,
-/// which `last` remembers. True: the dump has ended. Error{ENODEV, ...}: the kernel has no such device, or no WireGuard.
+/// which `last` remembers. True: the dump has ended. Error{EINTR, ...}: it is to be asked for again. Error{ENODEV, ...}: the kernel has no such device, or no WireGuard.
 Expected<bool> read_wireguard_netlink(std::span<const std::byte> datagram, PeerTable& table, std::optional<PublicKey>& last);
 
 /// Asks the kernel, by generic netlink; needs CAP_NET_ADMIN. Blocks no longer than the kernel takes, at most `timeout` for a message.

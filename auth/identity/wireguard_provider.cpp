@@ -116,6 +116,8 @@ class Wireguard final : public Provider {
     });
     if (!answer) return lost(answer.error().doing);
     auto own = addresses_of(settings_.interface);
+    // One that is just coming up, or could not be asked: who is in stays.
+    if (own.empty()) return lost("the interface has no address");
     if (!table_) spdlog::info("event=wireguard_here interface={}", safe_quoted(settings_.interface));
     const bool same = table_ && *table_ == *answer && own == own_;
     table_ = std::move(*answer);

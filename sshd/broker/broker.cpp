@@ -49,6 +49,7 @@ constexpr double revoked_per_second = 1200;
 constexpr std::chrono::milliseconds clear_up_after{1000}, clear_up_time{3};
 constexpr auto revoke_pause = 5ms;
 constexpr auto listen_again_after = 2s;
+constexpr auto ask_again_after = 1s, read_again_after = 1s;
 constexpr std::size_t largest_control_request = 4096;
 constexpr int listen_backlog = 1024;
 
@@ -109,7 +110,7 @@ struct Broker::Listener {
 
 Broker::Broker(boost::asio::io_context& io, Config config, std::string config_file, std::string own_dir)
     : io_{io}, config_{std::move(config)}, config_file_{std::move(config_file)}, own_dir_{std::move(own_dir)}, as_root_{::geteuid() == 0},
-      rules_{config_}, audit_{config_.audit}, expiry_{io}, listen_again_{io}, revoke_pause_{io}, takeover_{config_.listen.nft, config_.listen.nft_timeout, std::filesystem::path{config_.control.socket}.replace_filename("takeover")}, registrations_pause_{io}, control_pause_{io}, child_signals_{io, SIGCHLD}, penalties_{config_.limits.penalties}, turned_away_{io.get_executor(), config_.limits.refusal_time} {}
+      rules_{config_}, audit_{config_.audit}, expiry_{io}, listen_again_{io}, read_again_{io}, again_{io}, revoke_pause_{io}, takeover_{config_.listen.nft, config_.listen.nft_timeout, std::filesystem::path{config_.control.socket}.replace_filename("takeover")}, registrations_pause_{io}, control_pause_{io}, child_signals_{io, SIGCHLD}, penalties_{config_.limits.penalties}, turned_away_{io.get_executor(), config_.limits.refusal_time} {}
 
 Broker::~Broker() = default;
 
@@ -199,8 +200,10 @@ void Broker::set_up(std::function<void(Expected<Done>)> ready) {
       // The zygotes stand before the first listener is open.
       if (auto opened = update_listeners(true); !opened) return ready(std::move(opened));
       serving_ = true;
-      if (config_.policy.watch && config_.policy.has(PolicySource::file))
+      if (config_.policy.watch && config_.policy.has(PolicySource::file)) {
         policy_watch_ = std::make_unique<FileWatch>(io_, config_.policy.file, [this] { policy_file_changed(); });
+        policy_file_changed();  // since it was read, before the zygotes started
+      }
       wait_for_expiry();
       for (std::size_t i = 0; i < keys_->count(); i++) log_key(i);
       ready(Done{});
@@ -334,7 +337,7 @@ void Broker::accept_clients(const std::shared_ptr<Listener>& listener) {
     for (int i = 0; i < 32; i++) {
       const int fd = ::accept4(listener->socket.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
       if (fd >= 0) {
-        accepted(fd, listener->endpoint);
+        accepted(fd);
         continue;
       }
       if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
@@ -366,7 +369,7 @@ void Broker::set_patience(int fd) const {
 
 void Broker::turn_away(UniqueFd client, std::string_view reason) { turned_away_.add(std::move(client), refusal(config_.ssh.version_string, reason)); }
 
-void Broker::accepted(int raw, const Endpoint&) {
+void Broker::accepted(int raw) {
   UniqueFd fd{raw};
   sockaddr_storage s{};
   socklen_t length = sizeof s;
@@ -513,8 +516,14 @@ void Broker::reload() {
 void Broker::policy_file_changed() {
   if (stopping_ || !rules_.file_changed()) return;  // a SIGHUP was faster
   spdlog::info("event=policy_file_changed file={}", safe_quoted(config_.policy.file));
-  if (auto loaded = rules_.load(provider_->network(), false); !loaded)
+  if (auto loaded = rules_.load(provider_->network(), false); !loaded) {
+    // No mistake in the file but a lack of something that passes: nobody says when.
+    if (const int code = loaded.error().code; code == EMFILE || code == ENFILE || code == ENOMEM || code == EIO) {
+      read_again_.expires_after(read_again_after);
+      read_again_.async_wait([this](error_code ec) { if (!ec) policy_file_changed(); });
+    }
     return spdlog::error("event=policy_kept file={} why={}", safe_quoted(config_.policy.file), safe_quoted(loaded.error().doing, 2000));
+  }
   judge_again();
 }
 
@@ -561,6 +570,19 @@ void Broker::re_evaluate_some() {
   if (re_evaluating_) boost::asio::post(io_, [this] { re_evaluate_some(); });
 }
 
+void Broker::ask_again(const std::shared_ptr<Connection>& connection) {
+  to_ask_again_.push_back(connection);
+  if (to_ask_again_.size() > 1) return;
+  again_.expires_after(ask_again_after);
+  again_.async_wait([this](error_code ec) {
+    const auto all = std::exchange(to_ask_again_, {});
+    if (ec || stopping_) return;
+    spdlog::debug("event=asking_again connections={}", all.size());
+    to_re_evaluate_.insert(to_re_evaluate_.end(), all.begin(), all.end());
+    if (!std::exchange(re_evaluating_, true)) re_evaluate_some();
+  });
+}
+
 void Broker::cut_off(const std::shared_ptr<Connection>& connection, std::string why) {
   to_cut_off_.push_back({connection, std::move(why)});
   if (!std::exchange(cutting_off_, true)) cut_off_later();
@@ -601,6 +623,8 @@ void Broker::stop() {
   expiry_.cancel();
   listen_again_.cancel();
   revoke_pause_.cancel();
+  again_.cancel();
+  read_again_.cancel();
   if (auto removed = takeover_.set({}); !removed) spdlog::error("event=takeover_not_removed why={}", safe_quoted(removed.error().doing, 1000));
   if (control_) control_->close(ignored);
   if (registrations_) registrations_->close(ignored);

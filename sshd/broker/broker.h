@@ -65,6 +65,8 @@ class Broker {
   Audit& audit() { return audit_; }
   /// Ends a connection that is no longer allowed: soon, when many are.
   void cut_off(const std::shared_ptr<Connection>& connection, std::string why);
+  /// Whether it is still allowed could not be said just now: it is asked again, until it can.
+  void ask_again(const std::shared_ptr<Connection>& connection);
   /// A connection is being ended: its end costs CPU time that those who log in now want as well. How long what is not urgent of it may wait.
   std::chrono::milliseconds count_revocation();
   Zygote& net_zygote() { return *net_zygote_; }
@@ -113,7 +115,7 @@ class Broker {
   Expected<Done> open_control();
   Expected<UniqueFd> local_listener(const std::string& path, int type);
   void accept_clients(const std::shared_ptr<Listener>& listener);
-  void accepted(int fd, const Endpoint& local);
+  void accepted(int fd);
   void accept_control();
   void accept_registrations();
   void registration(UniqueFd socket);
@@ -150,7 +152,7 @@ class Broker {
   std::unique_ptr<Zygote> net_zygote_, session_zygote_;
 
   std::vector<std::shared_ptr<Listener>> listeners_;
-  boost::asio::steady_timer listen_again_, revoke_pause_;
+  boost::asio::steady_timer listen_again_, read_again_, again_, revoke_pause_;
   Takeover takeover_;
   std::unique_ptr<boost::asio::posix::stream_descriptor> registrations_;
   std::unique_ptr<boost::asio::local::stream_protocol::acceptor> control_;
@@ -173,6 +175,7 @@ class Broker {
     std::weak_ptr<Connection> connection;
     std::string why;
   };
+  std::deque<std::weak_ptr<Connection>> to_ask_again_;  ///< not empty: again_ runs
   std::deque<CutOff> to_cut_off_;
   bool cutting_off_ = false;
   double revoke_tokens_ = 0;

@@ -27,6 +27,8 @@ using namespace std::chrono_literals;
 
 // Past session.farewell_time, which the session keeps by itself.
 constexpr auto farewell_slack = 200ms;
+// Past session.kill_time: to see that they are gone; then past what a session waits for the end of a recording (Tee).
+constexpr auto programs_slack = 2s, recording_slack = 35s;
 // Signatures for rekeys. OpenSSH's chacha20 asks every GiB and direction, so a fast bulk transfer needs one a second; `RekeyLimit` may
 // ask for more. Too fast is answered later, not refused (that would end a good connection); a queue of them is refused.
 constexpr double sign_bucket = 10, sign_per_second = 2, sign_debt = 8;
@@ -485,8 +487,8 @@ void Connection::opened(const session::Ready& answer) {
   when_still_the_same([self = shared_from_this(), judged_before] {
     // The facts are sealed: a reload that makes another answer of it cannot be followed, only refused.
     if (judged_before)
-      if (const std::string why = self->difference(self->source_); !why.empty())
-        return self->deny("the policy changed while you connected; connect again", why);
+      if (const auto why = self->difference(self->source_); !why || !why->empty())
+        return self->deny("the policy changed while you connected; connect again", why.value_or("source_unavailable"));
     self->accept();
   });
 }
@@ -569,11 +571,18 @@ void Connection::revoke(const std::string& text, const std::string& why) {
   end_timer_.async_wait([self = shared_from_this(), clear_up](boost::system::error_code ec) {
     if (ec || self->done_) return;
     self->kill_net();
-    self->end_timer_.expires_after(self->broker_.config().session.kill_time + clear_up + 1s);
-    self->end_timer_.async_wait([self](boost::system::error_code again) {
-      if (again || self->done_) return;
-      spdlog::error("event=session_killed connection={} why=it_did_not_end_its_programs", self->id_);
-      self->kill_session();
+    self->end_timer_.expires_after(self->broker_.config().session.kill_time + clear_up + programs_slack);
+    self->end_timer_.async_wait([self](boost::system::error_code late) {
+      if (late || self->done_) return;
+      // Its programs have had their time. The session itself may still wait for a relay to take the end of its recordings.
+      spdlog::warn("event=session_late connection={}", self->id_);
+      kill_programs(self->id_, self->cgroup_, self->session_pid_);
+      self->end_timer_.expires_after(recording_slack);
+      self->end_timer_.async_wait([self](boost::system::error_code again) {
+        if (again || self->done_) return;
+        spdlog::error("event=session_killed connection={} why=it_did_not_end", self->id_);
+        self->kill_session();
+      });
     });
   });
 }
@@ -582,10 +591,12 @@ void Connection::re_evaluate() {
   if (done_ || !granted_ || phase_ != Phase::live || cut_off_) return;
   broker_.provider().who_is(peer_, [self = shared_from_this()](Expected<std::optional<Node>> answer) {
     if (self->done_ || self->phase_ != Phase::live) return;
-    if (!answer && answer.error().code == EAGAIN) return;  // the provider cannot say now: live sessions go on
+    if (!answer && answer.error().code == EAGAIN) return self->broker_.ask_again(self);  // live sessions go on
     if (!answer) return self->cut_off("the network no longer stands for it: " + answer.error().doing);
     if (!*answer) return self->cut_off("the network no longer knows this address");
-    if (const std::string why = self->difference(**answer); !why.empty()) self->cut_off(why);
+    const auto why = self->difference(**answer);
+    if (!why) return self->broker_.ask_again(self);
+    if (!why->empty()) self->cut_off(*why);
   });
 }
 
@@ -593,13 +604,14 @@ void Connection::cut_off(std::string why) {
   if (!std::exchange(cut_off_, true)) broker_.cut_off(shared_from_this(), std::move(why));
 }
 
-std::string Connection::difference(const Node& node) const {
+std::optional<std::string> Connection::difference(const Node& node) const {
   const ConnectionFacts& f = facts_;
   if (node.id != f.node_id.get() || node.login != f.login.get() || node.tags != split(f.tags.get())) return "another node, user or tags at this address";
   const Node* destination = broker_.self(local_.address);
+  if (destination == nullptr && broker_.provider().own_addresses().empty()) return std::nullopt;  // away since it answered
   if (destination == nullptr || destination->id != f.server_node_id.get()) return "this server's node changed";
   const auto decision = decide(node, *destination, f.uid);
-  if (!decision.unavailable.empty()) return {};  // a source cannot say now: live sessions go on
+  if (!decision.unavailable.empty()) return std::nullopt;
   const auto& verdict = decision.verdict;
   if (verdict.outcome != auth::policy::Outcome::accept) return "the policy no longer allows it";
   if (verdict.local_user != f.local_user.get()) return "the policy maps to another account";
@@ -612,7 +624,10 @@ std::string Connection::difference(const Node& node) const {
   if (rules->command_conflict || !write_rules(*rules, today) || today != f.rules) return "its session rules changed";
   ConnectionFacts::Forwarding forwarding;
   if (!write_forwarding(*rules, verdict.enforce_recorder, forwarding) || forwarding != f.forwarding) return "its session rules on forwarding changed";
-  return {};
+  // One that takes more keeps what it began with.
+  for (std::uint32_t i = 0; i < f.accept_env_count; i++)
+    if (std::find(verdict.accept_env.begin(), verdict.accept_env.end(), f.accept_env[i].get()) == verdict.accept_env.end()) return "the policy's rule on variables changed";
+  return "";
 }
 
 void Connection::kill_session() {

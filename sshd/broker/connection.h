@@ -60,8 +60,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void accept();
   /// `go_on` when policy and nodes are those that this connection was judged by, or the peer is still the same node; else the end.
   void when_still_the_same(std::function<void()> go_on);
-  /// What makes `node` at the peer's address now another answer than the facts; empty: nothing.
-  std::string difference(const Node& node) const;
+  /// What makes `node` at the peer's address now another answer than the facts; empty: nothing. None: that cannot be said just now.
+  std::optional<std::string> difference(const Node& node) const;
   void listen_to_session();
   void kill_session();
   void deny(const std::string& text, const std::string& why);

@@ -5,6 +5,7 @@
 #include <signal.h>
 
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace postern::sshd::broker {
@@ -12,14 +13,19 @@ namespace {
 
 // Members may fork while they are killed: stopped first, then killed, again and again. The broker must not hang on a fork bomb.
 constexpr int most_rounds = 50;
+// And what sleeps in the kernel (a dead NFS server) stays whatever is sent to it, and may be looked at only so often: /proc is large.
+constexpr int most_same = 3;
 
 template <class Members>
 void kill_all(Members members) {
-  for (int round = 0; round < most_rounds; round++) {
-    const std::vector<pid_t> pids = members();
+  std::vector<pid_t> before;
+  for (int round = 0, same = 0; round < most_rounds && same < most_same; round++) {
+    std::vector<pid_t> pids = members();
     if (pids.empty()) return;
+    same = pids == before ? same + 1 : 0;
     for (const pid_t p : pids) ::kill(p, SIGSTOP);
     for (const pid_t p : pids) ::kill(p, SIGKILL);
+    before = std::move(pids);
   }
 }
 

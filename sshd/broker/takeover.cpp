@@ -67,6 +67,7 @@ Takeover::Takeover(std::string nft, std::chrono::milliseconds timeout, std::stri
 Expected<Done> Takeover::set(const std::vector<Redirect>& redirects) {
   if (redirects == redirects_ && !left_) return Done{};
   if (!redirects.empty() && !UniqueFd{::open(mark_.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600)}) return Unexpected{system_error("write " + mark_)};
+  left_ = true;  // until it is known what there is: an nft that is killed may have done it
   if (auto done = run(nft_, script(redirects), timeout_); !done) return done;
   if (redirects.empty()) ::unlink(mark_.c_str());
   left_ = false;

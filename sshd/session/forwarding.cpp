@@ -54,8 +54,7 @@ Forwarding::Forwarding(Host host) : host_{std::move(host)}, helper_{host_.poller
   const auto& f = host_.facts;
   const auto local = ForwardTargets::decode(f.forwarding.local_targets.get());
   const auto remote = ForwardTargets::decode(f.forwarding.remote_targets.get());
-  // A broker of the version before allowed none, whatever the defaults of what it did not write say.
-  const bool known = f.version >= 3 && local && remote;
+  const bool known = local && remote;
   local_allowed_ = known && f.forwarding.local != 0;
   remote_allowed_ = known && f.forwarding.remote != 0;
   agent_allowed_ = known && f.forwarding.agent != 0;

@@ -705,6 +705,7 @@ void SessionProcess::net_gone() {
   if (first) {
     spdlog::info("event=client_gone connection={}", facts_.id().text());
     poller_.after(std::chrono::milliseconds{facts_.hang_up_ms}, [this] {
+      if (ending_tree_ || revoked_) return;  // all is ended, in its own time
       waited_ = true;
       for (auto& c : closing_) c->abandon();
       sweep_ = true;

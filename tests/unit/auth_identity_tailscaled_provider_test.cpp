@@ -394,6 +394,44 @@ TEST_CASE("userspace networking: peers are known by the port of tailscaled's pro
   CHECK(s.standin->asked["whois"] == asked);
 }
 
+TEST_CASE("userspace networking: who has a peer's port next is not that peer, however soon", "[auth][identity][tailscaled]") {
+  Scene s;
+  s.standin->says("status", status("Running", "100.64.0.1", false));
+  s.begin();
+  const Address here = *Address::parse("127.0.0.1");
+  REQUIRE(*s.ask(here, 40000));
+  s.standin->answers["whois"] = [](Standin::Connection& c) { c.write("HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n"); };
+  const auto next = s.ask(here, 40000);
+  REQUIRE(next);
+  CHECK_FALSE(next->has_value());
+  // Nor is it while the question about the first one is still open.
+  std::shared_ptr<Standin::Connection> slow;
+  s.standin->answers["whois"] = [&](Standin::Connection& c) { slow = c.shared_from_this(); };
+  bool first = false;
+  s.provider->who_is(Endpoint{here, 40001}, [&](const auto& a) { first = a && *a; });
+  REQUIRE(s.until([&] { return slow != nullptr; }));
+  s.standin->answers["whois"] = [](Standin::Connection& c) { c.write("HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n"); };
+  const auto second = s.ask(here, 40001);
+  REQUIRE(second);
+  CHECK_FALSE(second->has_value());
+  slow->write(ok(whois()));
+  CHECK(s.until([&] { return first; }));
+}
+
+TEST_CASE("a tailscaled that has no network map to send is asked again, and holds up no start", "[auth][identity][tailscaled]") {
+  Scene s;
+  s.settings.ssh_policy = true;
+  s.begin();
+  REQUIRE(*s.ready);
+  CHECK(s.ask().error().code == EAGAIN);
+  REQUIRE(s.until([&] {
+    s.standin->notice(R"({"NetMap":{"SSHPolicy":{"rules":[]}}})");
+    s.until([] { return false; }, 20ms);
+    return s.admitted();
+  }));
+  CHECK(s.provider->ssh_policy());
+}
+
 TEST_CASE("a provider that goes with questions open calls nobody", "[auth][identity][tailscaled]") {
   Scene s;
   s.begin();

@@ -94,3 +94,21 @@ TEST_CASE("a file behind links that Kubernetes turns is noticed each time", "[br
   s.write(s.dir / "v1" / "policy", "in place, behind the link");
   CHECK(s.run(4) == 4);
 }
+
+TEST_CASE("a link that is turned anywhere on the way to the file is noticed", "[base][file_watch]") {
+  Scene s;
+  for (const char* version : {"v1", "v2"}) {
+    fs::create_directories(s.dir / "data" / "releases" / version / "config");
+    s.write(s.dir / "data" / "releases" / version / "config" / "policy", version);
+  }
+  fs::create_directory(s.dir / "srv");
+  fs::create_symlink("../data/releases/v1", s.dir / "srv" / "current");
+  fs::create_symlink(s.dir / "srv" / "current" / "config", s.dir / "etc");
+  FileWatch watch{s.io, s.dir / "etc" / "policy", [&] { s.changes++; }};
+  CHECK(s.run(0) == 0);
+  fs::create_symlink("../data/releases/v2", s.dir / "srv" / "next");
+  fs::rename(s.dir / "srv" / "next", s.dir / "srv" / "current");
+  CHECK(s.run(1) == 1);
+  s.write(s.dir / "data" / "releases" / "v2" / "config" / "policy", "in place");
+  CHECK(s.run(2) == 2);
+}

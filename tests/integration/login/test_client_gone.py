@@ -91,6 +91,21 @@ def test_a_program_has_kill_time_to_end_by_itself(make_stack):
     wait_until(lambda: not sessions(stack), "the session has ended", 5)
 
 
+def test_on_disconnect_kill_ends_what_ignores_it_also_when_hang_up_time_is_shorter(make_stack):
+    stack = make_stack(posternd={"session": {"on_disconnect": "kill", "kill_time": "1s", "hang_up_time": "0ms"}}, start=("posternd",))
+    stack.learn_host_key()
+    p = stack.popen("trap '' HUP TERM; echo up; exec sleep 3006", bind=stack.plain_alice)
+    assert p.stdout.readline() == b"up\n"
+    p.kill()
+    p.wait()
+    try:
+        wait_until(lambda: not sessions(stack), "the session has ended", 15)
+        assert not sleepers(stack, r"sleep 3006")
+    finally:
+        for x in sleepers(stack, r"sleep 3006"):
+            os.kill(x.pid, signal.SIGKILL)
+
+
 def test_hang_up_time_is_how_long_a_program_that_stays_is_waited_for(make_stack):
     stack = make_stack(posternd={"session": {"hang_up_time": "0ms"}}, start=("posternd",))
     stack.learn_host_key()

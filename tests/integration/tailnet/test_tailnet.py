@@ -172,6 +172,28 @@ def test_a_tailscaled_that_hangs_holds_nobody_up_for_long(tailnet):
     wait_until(lambda: gets_in(stack, "alice-laptop"), "it works again", 15, every=0.2)
 
 
+def test_who_could_not_be_judged_because_tailscaled_hung_is_judged_when_it_answers(tailnet):
+    """A change of the policy file, in the one moment in which nobody says who she is. No notice of the network's tells of it later."""
+    stack = tailnet
+    rules = lambda *who: json.dumps({"tagOwners": {"tag:server": ["alice@example.com"]}, "acls": [{"action": "accept", "src": ["*"], "dst": ["tag:server:22"]}],
+                                     "ssh": [{"action": "accept", "src": [name], "dst": ["tag:server"], "users": [stack.user]} for name in who]})
+    stack.policy_file.write_text(rules("alice@example.com", "bob@example.com"))
+    with settings(stack, {"policy": {"source": ["file"]}}):
+        held = stack.hold(stack.on("alice-laptop", "ssh", "-o", "BatchMode=yes", f"{stack.user}@server", "echo up; exec sleep 1000"))
+        wait_until(lambda: "up" in held.take(), "she is in", 20)
+        time.sleep(1.5)  # what tailscaled said of her at the login is believed for a second
+        pid, since = stack.lab.tailscaled("server"), stack.posternd.log_size()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            stack.policy_file.write_text(rules("bob@example.com"))
+            stack.posternd.wait_log("event=asking_again", since=since, seconds=20)
+            assert stack.live("alice-laptop"), "nobody said that she may not"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: not stack.live("alice-laptop"), "she is cut off", 5)
+        wait_until(lambda: any("Access revoked." in line for line in held.take()), "and told", 10)
+
+
 def test_the_server_itself_is_nobody_to_its_own_rules(tailnet):
     stack = tailnet
     done = subprocess.run(stack.on("server", "ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no", f"{stack.user}@{stack.lab.ip('server')}", "true"), stdin=subprocess.DEVNULL,
