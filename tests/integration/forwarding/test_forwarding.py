@@ -592,8 +592,10 @@ def test_who_kills_the_helper_loses_its_listeners_and_gets_another_one(stack):
             sock.sendall(b"x")
             assert sock.recv(1) == b"x"
             helper = [p.pid for p in stack.processes_of() if "forwards of" in p.command]
+            since = stack.posternd.log_size()
             os.kill(helper[0], 9)
             wait_until(lambda: refused(port), "nobody listens", 5)
+            stack.posternd.wait_log("event=forward_helper_gone", since=since)  # what is asked of it before that is refused
             sock.sendall(b"y")
             assert sock.recv(1) == b"y"  # what was connected goes on: net has it
         with dial(path) as sock:

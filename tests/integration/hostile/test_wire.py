@@ -14,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import wire
-from harness import BIN, SLACK, rng, wait_until
+from harness import QUARANTINE, SLACK, rng, wait_until
 from wire import (CHACHA, CLOSE, CTR, DATA, DISCONNECT, ECDH_INIT, EM, EOF, ETM, EXTENDED_DATA, FAILURE, GCM, GLOBAL_REQUEST, IGNORE, KEXINIT, NEWKEYS, OPEN_CONFIRMATION,
                   OPEN_FAILURE, REQUEST, REQUEST_FAILURE, SERVICE_REQUEST, SUCCESS, SUITES, UNIMPLEMENTED, USERAUTH_FAILURE, USERAUTH_REQUEST, USERAUTH_SUCCESS, WINDOW_ADJUST,
                   Wire, string, strings)
 
 suites = pytest.mark.parametrize("cipher, mac", SUITES, ids=["chacha20", "gcm", "ctr-etm", "ctr-and-mac"])
-# Under AddressSanitizer what is freed stays for a while (its quarantine_size_mb, 256): there only what grows far beyond that is seen.
-QUARANTINE = 280 << 20 if b"__asan_init" in (BIN / "postern-net").read_bytes() else 0
 MAX_GROWTH = (8 << 20) + QUARANTINE  # of a worker's peak memory, over what it has after a login: two windows and the buffers of the socket fit
 
 
