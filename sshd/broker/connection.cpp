@@ -574,14 +574,15 @@ void Connection::revoke(const std::string& text, const std::string& why) {
     self->end_timer_.expires_after(self->broker_.config().session.kill_time + clear_up + programs_slack);
     self->end_timer_.async_wait([self](boost::system::error_code late) {
       if (late || self->done_) return;
-      // Its programs have had their time. The session itself may still wait for a relay to take the end of its recordings.
-      spdlog::warn("event=session_late connection={}", self->id_);
-      kill_programs(self->id_, self->cgroup_, self->session_pid_);
-      self->end_timer_.expires_after(recording_slack);
-      self->end_timer_.async_wait([self](boost::system::error_code again) {
-        if (again || self->done_) return;
-        spdlog::error("event=session_killed connection={} why=it_did_not_end", self->id_);
+      const auto kill = [self](const char* why) {
+        spdlog::error("event=session_killed connection={} why={}", self->id_, why);
         self->kill_session();
+      };
+      if (kill_programs(self->id_, self->cgroup_, self->session_pid_)) return kill("it_did_not_end_its_programs");
+      // They have ended; it waits for a relay to take the end of its recordings.
+      self->end_timer_.expires_after(recording_slack);
+      self->end_timer_.async_wait([self, kill](boost::system::error_code again) {
+        if (!again && !self->done_) kill("it_did_not_end");
       });
     });
   });

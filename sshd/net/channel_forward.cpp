@@ -185,7 +185,7 @@ bool ForwardChannel::turn(std::size_t most) {
     return false;
   }
   bool sent = false;
-  if (!unsent_.empty()) {
+  if (!unsent_.empty() && most > 0) {
     const std::string rest = std::move(unsent_);
     unsent_.clear();
     sent = send_or_keep(rest.data(), rest.size());

@@ -34,7 +34,7 @@ class ForwardChannel {
 
   /// Is there something that a turn could do? `may_send`: libssh takes bytes now (the same for every channel).
   bool needs_turn(bool may_send) const;
-  /// Moves at most `most` bytes to the client, and what there is to the socket. True when bytes went to the client.
+  /// Moves at most `most` bytes to the client (0: libssh takes none now), and what there is to the socket. True when bytes went to the client.
   bool turn(std::size_t most);
   void update_watch(bool may_send);
   /// Ends it now: closes the socket and the channel.

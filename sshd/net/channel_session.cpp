@@ -44,14 +44,11 @@ void SessionChannel::answered(bool want_reply, bool yes) {
   send_replies();
 }
 
-bool SessionChannel::expects_answer() const {
-  return std::any_of(expected_.begin(), expected_.end(), [](const auto& e) { return !e.result; });
-}
-
 void SessionChannel::session_answered(bool yes) {
   for (auto& e : expected_)
     if (!e.result) {
       e.result = yes;
+      if (e.start && !yes) start_asked = false;  // another may follow, as with sshd (PuTTY's pscp: sftp, then exec)
       break;
     }
   send_replies();
@@ -287,6 +284,7 @@ void SessionChannel::turn(bool alone) {
     close_input(false);
     // RFC 4254 section 6.10 leaves the order open; OpenSSH's: exit-status, output, EOF, CLOSE. Both in two calls: with output
     // pending ssh_channel_close() sends the EOF alone (research/libssh.md 7.6).
+    ext::keep_window(handle_);  // what the client still sends is thrown away
     ssh_channel_send_eof(handle_);
     ssh_channel_close(handle_);
     finished_ = true;

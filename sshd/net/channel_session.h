@@ -39,12 +39,12 @@ class SessionChannel {
   void opened(ssh_session session, ssh_channel handle);
 
   /// Requests are answered in the order they came (RFC 4254 section 5.4), whoever answers: `asked` waits for the session, `answered` is known.
-  void asked(bool want_reply) { expected_.push_back({want_reply, std::nullopt}); }
+  /// `start`: of a shell, exec or subsystem.
+  void asked(bool want_reply, bool start = false) { expected_.push_back({want_reply, std::nullopt, start}); }
   void answered(bool want_reply, bool yes);
-  bool expects_answer() const;
   void session_answered(bool yes);
 
-  bool start_asked = false;  ///< a second shell, exec or subsystem is refused
+  bool start_asked = false;  ///< a second shell, exec or subsystem is refused, unless the session refused the first
   void started(const channel::Started& how, std::vector<UniqueFd> fds);
   void exited(const channel::Exited& how);
   /// A line for the user, before whatever the program says next; `on_error`: on stderr even in a pty.
@@ -72,6 +72,7 @@ class SessionChannel {
   struct Expected {
     bool want_reply;
     std::optional<bool> result;
+    bool start = false;
   };
   struct Output {
     UniqueFd fd;

@@ -146,10 +146,12 @@ void Connection::update_watches() {
     poller_.set_events(client_fd_, events);
   else
     poller_.disable(client_fd_);
-  if (link_->gone())
+  if (link_->gone()) {
     poller_.disable(link_->fd());
-  else
+    poller_.after(std::chrono::milliseconds{0}, [] {});
+  } else {
     poller_.set_events(link_->fd(), static_cast<short>(POLLIN | (link_->wants_to_write() ? POLLOUT : 0)));
+  }
 }
 
 // ---------------------------------------------------------------- authentication
@@ -366,7 +368,8 @@ std::vector<std::string> Connection::prove(const std::vector<std::string>& keys)
 // ---------------------------------------------------------------- the broker, then the session
 
 void Connection::handle_link() {
-  if (done_ || (!link_ready_ && !link_->has_queued_messages())) return;
+  // Gone may also be seen while something is sent to it: then no event of its descriptor says so.
+  if (done_ || (!link_ready_ && !link_->has_queued_messages() && !link_->gone())) return;
   link_ready_ = false;
   while (!done_) {
     auto message = link_->next();
@@ -555,7 +558,7 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
     const bool nameless = kind == channel::StartKind::subsystem && request.text.empty();
     if (target.start_asked || nameless || request.text.size() > channel::max_command) return refuse();
     target.start_asked = true;
-    target.asked(request.want_reply);
+    target.asked(request.want_reply, true);
     channel::Start body;
     body.channel = number;
     body.kind = kind;
@@ -662,9 +665,17 @@ void Connection::serve_channels() {
     }
     if (!forwards_first_) again = serve_forwards(alone, moved) || again;
   }
-  for (auto& [number, channel] : channels_) channel->update_watches();
   const bool sends = may_send();
-  for (auto& [number, forward] : forwards_) forward->update_watch(sends);
+  // Each of the two may have seen to the other's, as libssh handles packets while it reads and writes.
+  for (auto& [number, channel] : channels_) {
+    again = again || channel->needs_turn();
+    channel->update_watches();
+  }
+  for (auto& [number, forward] : forwards_) {
+    again = again || forward->needs_turn(sends);
+    forward->update_watch(sends);
+  }
+  again = again || link_->has_queued_messages();
   if (moved && report_interval_.count() > 0) report_activity();
   if (again) poller_.after(std::chrono::milliseconds{0}, [] {});  // the rest in the next turn, at once
 }
@@ -681,7 +692,8 @@ bool Connection::serve_forwards(bool alone, bool& moved) {
   auto it = forwards_.upper_bound(last_served_);
   for (std::size_t left = forwards_.size(); left > 0; left--) {
     if (it == forwards_.end()) it = forwards_.begin();
-    if (it->second->needs_turn(may_send()) && it->second->turn(most)) last_served_ = it->first;
+    const bool sends = may_send();
+    if (it->second->needs_turn(sends) && it->second->turn(sends ? most : 0)) last_served_ = it->first;
     ++it;
   }
   // The client's windows add up: so much may wait for sockets that nobody reads, and then the one that has most of it goes.

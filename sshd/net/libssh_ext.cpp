@@ -197,7 +197,6 @@ int on_channel_request(ssh_session session, std::uint8_t, ssh_buffer packet, voi
   auto addressed = read_channel_request(bytes_of(packet));
   ssh_channel channel = addressed ? ssh_channel_from_local(session, addressed->channel) : nullptr;
   if (channel == nullptr || the_observer == nullptr) return SSH_PACKET_NOT_USED;
-  if (addressed->name == "keepalive@openssh.com") return SSH_PACKET_NOT_USED;  // libssh answers it
   the_observer->on_channel_request(channel, std::move(addressed->request));
   return SSH_PACKET_USED;
 }

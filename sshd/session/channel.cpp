@@ -240,8 +240,8 @@ void SessionChannel::refuse_unrecorded() {
 }
 
 void SessionChannel::lose_recorder(std::string_view line) {
-  if (!tee_ || reported_) return;
-  forced_status_ = true;
+  if (!tee_ || tee_->is_ended()) return;
+  if (!reported_) forced_status_ = true;  // else it is with the client, which waits for what a job that was left behind still says
   if (state_ == State::waiting) return refuse_unrecorded();
   tee_->cut_off(terminal_ ? 'o' : 'e', line);
   stop_reading('o');

@@ -49,7 +49,7 @@ struct ChannelHost {
 /// One SSH session channel: what was asked for it, its program, its descriptors or its tee.
 ///
 /// Requests come from net, which parses strangers' bytes: what is only odd is refused with answer_no; what a sound net never sends
-/// (see Verdict::violation) ends the connection.
+/// ends the connection (SessionProcess::violation).
 class SessionChannel {
  public:
   SessionChannel(ChannelHost& host, std::uint32_t number);
@@ -71,13 +71,11 @@ class SessionChannel {
 
   void child_exited(int wait_status);
   pid_t pid() const noexcept { return pid_; }  ///< 0: none (yet, or any more)
-  bool is_closed() const noexcept { return closed_; }
   /// Nothing of it is left: closed, program reaped or left, recording ended.
   bool finished() const;
   /// Stops waiting for the program: it goes on alone.
   void abandon();
   /// The program of a channel that is going away may end its recording now.
-  bool recording_pending() const { return tee_ && !tee_->is_ended(); }
 
  private:
   enum class State { opened, waiting, running, refused, exited };

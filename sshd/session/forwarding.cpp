@@ -50,7 +50,7 @@ bool is_nobody(const ch::ForwardTarget& t) { return has_nul(t) || t.target.get()
 
 }  // namespace
 
-Forwarding::Forwarding(Host host) : host_{std::move(host)}, helper_{host_.poller, false, [this] { read_helper(); }, [this](UniqueFd fd, bool) { host_.let_go(std::move(fd)); }} {
+Forwarding::Forwarding(Host host) : host_{std::move(host)}, helper_{host_.poller, true, [this] { read_helper(); }, [this](UniqueFd fd, bool) { host_.let_go(std::move(fd)); }} {
   const auto& f = host_.facts;
   const auto local = ForwardTargets::decode(f.forwarding.local_targets.get());
   const auto remote = ForwardTargets::decode(f.forwarding.remote_targets.get());
@@ -122,7 +122,8 @@ bool Forwarding::start() {
 }
 
 void Forwarding::read_helper() {
-  for (int i = 0; i < 32 && helper_.is_open() && !helper_.blocked(); i++) {
+  // Also while it does not take what is asked of it: it may be waiting for us to take its answers. How many there can be is bounded (asked_).
+  for (int i = 0; i < 32 && helper_.is_open(); i++) {
     std::vector<UniqueFd> refused;
     auto received = receive_message(helper_.fd(), 64 * 1024, &refused);
     if (!received && received.error().code == EAGAIN) return;

@@ -395,7 +395,7 @@ void Tee::check() {
     return;
   }
   if (enforce_) {
-    if (lost_ || ending_) return;
+    if (lost_ || (ending_ && drained('o') && drained('e'))) return;
     lost_ = true;
     handlers_.lost();
     return;

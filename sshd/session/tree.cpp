@@ -12,13 +12,18 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 namespace postern::sshd::session {
-ProcessTree::ProcessTree(std::string id, bool as_root) {
+ProcessTree::ProcessTree(std::string id, bool as_root) : id_{std::move(id)} {
   if (as_root) before_ = cgroup_of(::getpid());
+  settle();
+}
+
+void ProcessTree::settle() {
   if (!before_.empty()) {
     base_ = before_ + "/postern";
-    leaf_ = base_ + "/" + id;
+    leaf_ = base_ + "/" + id_;
     if (make_leaf()) return;
     leaf_.clear();
   }
@@ -79,12 +84,15 @@ void ProcessTree::signal_all(int signal) {
   for (const pid_t p : members()) ::kill(p, signal);
 }
 
-void ProcessTree::leave_scope() {
+void ProcessTree::kill_all() {
+  // Not ourselves.
   if (scope_) write_to(before_ + "/cgroup.procs", "0");
+  kill_members();
+  // What is started later, on a connection that stays, is born where we are now.
+  if (std::exchange(scope_, false)) settle();
 }
 
-void ProcessTree::kill_all() {
-  leave_scope();
+void ProcessTree::kill_members() {
   if (!leaf_.empty() && write_to(leaf_ + "/cgroup.kill", "1")) return;
   // No cgroup.kill (before Linux 5.14) or no cgroup: again and again, because members fork. SIGSTOP first, so that a fork bomb holds still.
   for (int round = 0; round < 100; round++) {

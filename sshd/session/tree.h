@@ -43,8 +43,10 @@ class ProcessTree {
  private:
   std::vector<pid_t> members();
   bool make_leaf();
-  void leave_scope();
+  void settle();
+  void kill_members();
 
+  const std::string id_;
   std::string base_;    // ".../postern"
   std::string leaf_;    // ".../postern/<id>", or logind's scope
   std::string before_;  // own cgroup before PAM

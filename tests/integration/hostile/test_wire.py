@@ -786,6 +786,29 @@ def test_channels_that_open_and_close_10_000_times_leave_nothing(world):
         a.check()
 
 
+def test_a_start_that_was_refused_may_be_followed_by_another(world):
+    """As PuTTY's pscp does where there is no sftp."""
+    with world.capabilities(plain_alice=[{"sftp": "none"}]), Wire(world, bind=world.plain_alice) as w:
+        w.login()
+        channel = w.open()
+        w.send(w.request(channel, "subsystem", True, string("sftp")))
+        assert w.expect(SUCCESS, FAILURE)[0] == FAILURE
+        w.send(w.request(channel, "exec", True, string("echo in")))
+        assert w.expect(SUCCESS, FAILURE)[0] == SUCCESS
+        w.read_until(b"in")
+        w.send(w.request(channel, "exec", True, string("echo again")))
+        assert w.expect(SUCCESS, FAILURE)[0] == FAILURE, "one program a channel"
+
+
+def test_a_keepalive_on_a_channel_is_answered_in_its_turn(world):
+    """Clients match answers to requests by their order alone (RFC 4254 section 5.4)."""
+    with Wire(world) as w:
+        w.login()
+        channel = w.open()
+        w.raw(w.packet(w.request(channel, "exec", True, string("true"))) + w.packet(w.request(channel, "keepalive@openssh.com")))
+        assert [w.expect(SUCCESS, FAILURE)[0] for _ in range(2)] == [SUCCESS, FAILURE]
+
+
 FLOODS = {
     "global requests": lambda w, n: bytes([GLOBAL_REQUEST]) + string("keepalive@openssh.com") + b"\1",
     "messages that there are not": lambda w, n: bytes([192 + n % 60]) + b"x" * 10,

@@ -108,6 +108,15 @@ def test_running_session_ends_with_a_message_and_its_whole_tree(net, tty):
     assert letter == "b"
 
 
+def test_a_client_that_waits_for_a_job_that_was_left_behind_is_let_go_when_the_recorders_are_gone(net):
+    client = scenes.Watched(net, "sleep 3606 & echo left", tty=False)
+    client.wait_for(b"left\n")
+    wait_until(lambda: [p for p in scenes.running(net)] and all(p.name == "sleep" for p in scenes.running(net)), "the shell has ended")
+    lose_all(net)
+    assert client.wait(scenes.GRACE + 8) == 0, "its status was told before"
+    wait_until(lambda: not scenes.running(net), "the job is ended as well", 6)
+
+
 def test_a_recorder_that_is_back_within_the_grace_saves_the_session(net):
     marker = "saved"
     client = scenes.Watched(net, scenes.gated(marker, "seq 1 1000"), tty=False)
