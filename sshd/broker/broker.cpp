@@ -46,7 +46,7 @@ constexpr std::size_t re_evaluated_at_once = 16;
 /// (bench/revocation).
 constexpr std::size_t revoked_at_once = 16;
 constexpr double revoked_per_second = 1200;
-constexpr std::chrono::milliseconds clear_up_after{1000}, clear_up_time{3};
+constexpr std::chrono::milliseconds clear_up_after{1000}, clear_up_time{4};
 constexpr auto revoke_pause = 5ms;
 constexpr auto listen_again_after = 2s;
 constexpr auto ask_again_after = 1s, read_again_after = 1s;
