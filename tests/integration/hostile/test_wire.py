@@ -793,7 +793,7 @@ def test_a_start_that_was_refused_may_be_followed_by_another(world):
         channel = w.open()
         w.send(w.request(channel, "subsystem", True, string("sftp")))
         assert w.expect(SUCCESS, FAILURE)[0] == FAILURE
-        w.send(w.request(channel, "exec", True, string("echo in")))
+        w.send(w.request(channel, "exec", True, string("echo in; cat")))
         assert w.expect(SUCCESS, FAILURE)[0] == SUCCESS
         w.read_until(b"in")
         w.send(w.request(channel, "exec", True, string("echo again")))
