@@ -34,8 +34,8 @@ FileWatch::FileWatch(boost::asio::io_context& io, std::string file, std::functio
   later();  // it may have changed before it was watched
 }
 
-/// The folder of each link on the way to the file, wherever it is on that way; at its end the folder of the file, and the folder that this one is in, for
-/// it may be replaced as a whole: whatever happens to the file happens in one of them.
+/// The folder of each link on the way to the file, wherever it is on that way, and at its end the folder of the file: whatever happens to the file happens
+/// in one of them. And the folder that each is in, for it may be replaced as a whole.
 void FileWatch::watch() {
   namespace fs = std::filesystem;
   int error = 0;
@@ -56,11 +56,12 @@ void FileWatch::watch() {
       continue;
     }
     links++;
+    add(at.parent_path());
     add(at);
     rest.insert(rest.begin(), target.begin(), target.end());  // an absolute one begins with "/", which starts anew
   }
   add(at.parent_path().parent_path());
-  error = 0;  // that one may be another user's
+  error = 0;  // those may be another user's
   add(at.parent_path());
   if (error != 0 && !std::exchange(warned_, true))
     spdlog::warn("event=file_not_watched file={} folder={} why={}", safe_quoted(file_), safe_quoted(at.parent_path().string()), safe_quoted(std::strerror(error)));

@@ -95,7 +95,7 @@ TEST_CASE("a file behind links that Kubernetes turns is noticed each time", "[br
   CHECK(s.run(4) == 4);
 }
 
-TEST_CASE("a link that is turned anywhere on the way to the file is noticed", "[base][file_watch]") {
+TEST_CASE("a link that is turned anywhere on the way to the file is noticed", "[base][watch]") {
   Scene s;
   for (const char* version : {"v1", "v2"}) {
     fs::create_directories(s.dir / "data" / "releases" / version / "config");
@@ -111,4 +111,19 @@ TEST_CASE("a link that is turned anywhere on the way to the file is noticed", "[
   CHECK(s.run(1) == 1);
   s.write(s.dir / "data" / "releases" / "v2" / "config" / "policy", "in place");
   CHECK(s.run(2) == 2);
+}
+
+TEST_CASE("a folder that is replaced as a whole is noticed where it holds a link to the file", "[base][watch]") {
+  Scene s;
+  for (const char* name : {"one", "two"}) s.write(s.dir / name, name);
+  for (const char* folder : {"postern", "postern.new"}) fs::create_directory(s.dir / folder);
+  fs::create_directories(s.dir / "data" / "files");  // whose parent is not that of the folder that is replaced
+  for (const char* name : {"one", "two"}) fs::rename(s.dir / name, s.dir / "data" / "files" / name);
+  fs::create_symlink(s.dir / "data" / "files" / "one", s.dir / "postern" / "policy");
+  fs::create_symlink(s.dir / "data" / "files" / "two", s.dir / "postern.new" / "policy");
+  FileWatch watch{s.io, s.dir / "postern" / "policy", [&] { s.changes++; }};
+  CHECK(s.run(0) == 0);
+  fs::rename(s.dir / "postern", s.dir / "postern.old");
+  fs::rename(s.dir / "postern.new", s.dir / "postern");
+  CHECK(s.run(1) == 1);
 }
