@@ -786,6 +786,30 @@ def test_channels_that_open_and_close_10_000_times_leave_nothing(world):
         a.check()
 
 
+def test_no_window_is_given_back_on_a_channel_that_we_closed(world):
+    """Data that was on its way when the program ended: asyncssh ends the connection at a WINDOW_ADJUST for a channel that it has closed."""
+    with Wire(world) as w:
+        w.login()
+        channel = w.open()
+        w.exec(channel, "true")
+        while w.expect(DATA, REQUEST, EOF, CLOSE, WINDOW_ADJUST)[0] != CLOSE:
+            pass
+        for _ in range(60):
+            w.send(w.data(channel, bytes(32000)))
+        w.send(bytes([GLOBAL_REQUEST]) + string("made-up@example.com") + b"\1")
+        assert w.read()[0] == REQUEST_FAILURE, "and nothing before it"
+
+
+def test_a_thousand_forwardings_asked_for_at_once_by_who_does_not_listen_are_all_answered(world):
+    count = 1000
+    with socket.create_server((world.server, 0), backlog=1024) as server, Wire(world) as w:
+        w.login()
+        more = string(world.server) + struct.pack(">I", server.getsockname()[1]) + string("127.0.0.1") + bytes(4)
+        w.raw(b"".join(w.packet(w.channel_open(n, kind="direct-tcpip", more=more)) for n in range(count)))
+        answers = [w.expect(OPEN_CONFIRMATION, OPEN_FAILURE, seconds=15)[0] for _ in range(count)]
+        assert answers == [OPEN_CONFIRMATION] * count
+
+
 def test_a_start_that_was_refused_may_be_followed_by_another(world):
     """As PuTTY's pscp does where there is no sftp."""
     with world.capabilities(plain_alice=[{"sftp": "none"}]), Wire(world, bind=world.plain_alice) as w:

@@ -398,3 +398,18 @@ def test_the_server_listens_on_ipv6_too(make_stack):
                         "-o", f"UserKnownHostsFile={stack.dir}/known6", "-o", "LogLevel=ERROR", "::1", "echo $SSH_CONNECTION"],
                        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30 * SLACK)
     assert re.fullmatch(rf"::1 \d+ ::1 {port}\n", r.stdout), r.stderr
+
+
+def test_a_rule_that_takes_fewer_variables_ends_who_was_let_in_by_it_and_one_that_takes_more_does_not(stack):
+    """What a connection may send was sealed at its login."""
+    with stack.terminal(bind=stack.plain_alice) as t:
+        t.read_until(r"[$#] $")
+        stack.set_policy(stack.default_policy(accept_env=("POSTERN_TEST_*", "LANG", "EDITOR")))
+        t.send("echo still-$((1+1))\r")
+        t.read_until("still-2")
+        try:
+            stack.set_policy(stack.default_policy(accept_env=("LANG",)))
+            t.read_until("Access revoked.", seconds=15)
+            assert t.wait() == 255
+        finally:
+            stack.set_policy(stack.default_policy())
