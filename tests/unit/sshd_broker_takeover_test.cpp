@@ -62,6 +62,18 @@ TEST_CASE("an nft that takes too long is ended and named", "[broker][takeover]")
   CHECK(set.error().doing.find("did not end in 100 ms") != std::string::npos);
 }
 
+TEST_CASE("after an nft that was ended it is not known what stands: what stood before is set again", "[broker][takeover]") {
+  const Nft nft;
+  auto takeover = nft.takeover(std::chrono::seconds{2});
+  REQUIRE(takeover.set(one));
+  REQUIRE(nft.was_told());
+  nft.is("sleep 60");
+  CHECK_FALSE(takeover.set({}));
+  nft.is("cat >" + nft.file("told"));
+  CHECK(takeover.set(one));
+  CHECK(nft.was_told());
+}
+
 TEST_CASE("an nft that is not there is named", "[broker][takeover]") {
   const Nft nft;
   Takeover takeover{"/nonexistent/nft", std::chrono::seconds{5}, nft.file("takeover")};

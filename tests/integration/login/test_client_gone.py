@@ -91,34 +91,33 @@ def test_a_program_has_kill_time_to_end_by_itself(make_stack):
     wait_until(lambda: not sessions(stack), "the session has ended", 5)
 
 
-def test_on_disconnect_kill_ends_what_ignores_it_also_when_hang_up_time_is_shorter(make_stack):
-    stack = make_stack(posternd={"session": {"on_disconnect": "kill", "kill_time": "1s", "hang_up_time": "0ms"}}, start=("posternd",))
+@contextlib.contextmanager
+def left_behind(stack):
+    """A program that ignores the end of its client; yields what finds it."""
     stack.learn_host_key()
-    p = stack.popen("trap '' HUP TERM; echo up; exec sleep 3006", bind=stack.plain_alice)
+    p = stack.popen("trap '' HUP TERM; echo up; exec sleep 3005", bind=stack.plain_alice)
     assert p.stdout.readline() == b"up\n"
     p.kill()
     p.wait()
     try:
-        wait_until(lambda: not sessions(stack), "the session has ended", 15)
-        assert not sleepers(stack, r"sleep 3006")
+        yield lambda: sleepers(stack, r"sleep 3005")
     finally:
-        for x in sleepers(stack, r"sleep 3006"):
+        for x in sleepers(stack, r"sleep 3005"):
             os.kill(x.pid, signal.SIGKILL)
+
+
+def test_on_disconnect_kill_ends_what_ignores_it_also_when_hang_up_time_is_shorter(make_stack):
+    stack = make_stack(posternd={"session": {"on_disconnect": "kill", "kill_time": "1s", "hang_up_time": "0ms"}}, start=("posternd",))
+    with left_behind(stack) as program:
+        wait_until(lambda: not sessions(stack), "the session has ended", 15)
+        assert not program()
 
 
 def test_hang_up_time_is_how_long_a_program_that_stays_is_waited_for(make_stack):
     stack = make_stack(posternd={"session": {"hang_up_time": "0ms"}}, start=("posternd",))
-    stack.learn_host_key()
-    p = stack.popen("trap '' HUP; echo up; exec sleep 3005", bind=stack.plain_alice)
-    assert p.stdout.readline() == b"up\n"
-    p.kill()
-    p.wait()
-    try:
+    with left_behind(stack) as program:
         wait_until(lambda: not sessions(stack), "the session has ended", 5)
-        assert len(sleepers(stack, r"sleep 3005")) == 1
-    finally:
-        for x in sleepers(stack, r"sleep 3005"):
-            os.kill(x.pid, signal.SIGKILL)
+        assert len(program()) == 1
 
 
 def test_on_disconnect_kill_leaves_a_second_connection_alone(make_stack):
