@@ -578,8 +578,9 @@ void Connection::revoke(const std::string& text, const std::string& why) {
         spdlog::error("event=session_killed connection={} why={}", self->id_, why);
         self->kill_session();
       };
-      if (kill_programs(self->id_, self->cgroup_, self->session_pid_)) return kill("it_did_not_end_its_programs");
+      if (has_programs(self->id_, self->cgroup_, self->session_pid_)) return kill("it_did_not_end_its_programs");
       // They have ended; it waits for a relay to take the end of its recordings.
+      spdlog::info("event=session_waited_for connection={}", self->id_);
       self->end_timer_.expires_after(recording_slack);
       self->end_timer_.async_wait([self, kill](boost::system::error_code again) {
         if (!again && !self->done_) kill("it_did_not_end");

@@ -66,6 +66,21 @@ def test_session_that_ended_while_the_relay_was_away_is_uploaded(net):
     assert recording.last_exit() == "0"
 
 
+def test_session_that_was_revoked_while_the_relay_was_away_keeps_the_end_of_its_recording(net):
+    marker = "revoked-without-relay"
+    client = scenes.Watched(net, f"echo shown; : {marker}; exec sleep 3601", tty=False)
+    client.wait_for(b"shown\n")
+    net.relay.kill()
+    since = net.posternd.log_size()
+    net.postern("sessions", "kill", "--all")
+    assert client.wait(10) == 255
+    net.posternd.wait_log("event=session_waited_for", since=since, seconds=20)  # it was killed then, once
+    assert not scenes.running(net)
+    net.relay.start()
+    _, recording = scenes.wait_whole(net, marker)
+    assert recording.stream() == b"shown\n" and recording.last_exit() in ("HUP", "TERM")
+
+
 def test_session_process_that_is_killed_leaves_a_cut_recording(net):
     """A journal without an end, whose session is dead, is uploaded as cut: what was shown is at the recorder."""
     import os
