@@ -307,7 +307,7 @@ void Tee::release(Outlet& o) {
     std::uint64_t end = 0;
     for (auto& c : o.waiting) {
       if (n == parts.size()) break;
-      if (!gap_ && c.end > 0 && (c.end > link_->written() || !window_open(c.end, now))) break;
+      if (!gap_ && !unheld_ && c.end > 0 && (c.end > link_->written() || !window_open(c.end, now))) break;
       parts[n++] = {c.bytes.data() + c.shown, c.bytes.size() - c.shown};
       total += c.bytes.size() - c.shown;
       end = std::max(end, c.end);
@@ -400,7 +400,9 @@ void Tee::check() {
     handlers_.lost();
     return;
   }
-  begin_gap("no journal");
+  if (!ending_) return begin_gap("no journal");
+  unheld_ = true;  // nothing may follow the end: finish_end() tells it if the relay never takes these bytes
+  release();
 }
 
 void Tee::begin_gap(const std::string& why) {

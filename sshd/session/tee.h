@@ -151,6 +151,7 @@ class Tee {
   bool journal_failed_ = false;
   bool started_ = false, lost_ = false, ending_ = false, ended_ = false;
   bool gap_ = false;
+  bool unheld_ = false;  // fail open, after the end: what is left is shown without the relay
   std::uint64_t gap_bytes_ = 0, gap_total_ = 0, gap_mark_end_ = 0;
   std::uint64_t gap_begun_ns_ = 0;
   Poller::TimerId check_timer_ = 0, end_timer_ = 0;

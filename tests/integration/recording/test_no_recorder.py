@@ -162,6 +162,20 @@ def test_a_session_that_may_run_unrecorded_survives_the_loss_of_all_recorders(ne
     scenes.check_recording(recording, bytes(client.out), marker)
 
 
+def test_the_last_words_of_a_job_that_was_left_behind_do_not_wait_for_a_relay_that_is_away(net):
+    since = net.posternd.log_size()
+    client = scenes.Watched(net, "exec 3<&0; { read go; echo last words; } <&3 & exec 3<&-; echo left", tty=False, bind=net.open_alice)
+    client.wait_for(b"left\n")
+    net.posternd.wait_log("event=session_end", since=since)
+    net.relay.kill()
+    client.send(b"\n")
+    code = client.wait(scenes.GRACE + 8)
+    net.relay.start()
+    assert code == 0 and bytes(client.out) == b"left\nlast words\n"
+    _, recording = scenes.wait_whole(net, "last words")
+    assert recording.stream() == b"left\nlast words\n" and recording.last_exit() == "0", "what the relay takes in the end is recorded as well"
+
+
 # ------------------------------------------------------------------------------------------- gaps
 
 @pytest.fixture
