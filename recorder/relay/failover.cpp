@@ -1,5 +1,6 @@
 #include "recorder/relay/failover.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace postern::recorder::relay {
@@ -21,6 +22,17 @@ const Failover::Recorder* Failover::at(Recording recording) const {
 bool Failover::wants_recorder(Recording recording) const {
   const auto it = items_.find(recording);
   return it != items_.end() && !it->second.placed;
+}
+
+bool Failover::can_take(const Item& item, Recorder recorder) const {
+  return health(recorder) == Health::up && !item.refused.contains(recorder) && !item.banned.contains(recorder);
+}
+
+bool Failover::has_another(Recording recording) const {
+  const auto it = items_.find(recording);
+  if (it == items_.end() || !it->second.placed) return false;
+  const Item& item = it->second;
+  return std::any_of(item.list.begin(), item.list.end(), [&](Recorder r) { return r != item.where && can_take(item, r); });
 }
 
 std::vector<Failover::Action> Failover::take() { return std::exchange(actions_, {}); }
@@ -49,7 +61,7 @@ void Failover::start_round(Item& item) {
 void Failover::place(Recording recording, Item& item) {
   if (item.placed) return;
   for (const Recorder r : item.list) {
-    if (health(r) != Health::up || item.refused.contains(r) || item.banned.contains(r)) continue;
+    if (!can_take(item, r)) continue;
     item.placed = true;
     item.open = false;
     item.where = r;
@@ -97,9 +109,7 @@ void Failover::lost(Recorder recorder) {
       item.placed = item.open = false;
       // When no other is up, one fresh try of all before the session is told that there is none: what was down a while ago need
       // not be down now. The one just lost is tried again too, but not waited for.
-      bool other = false;
-      for (const Recorder r : item.list) other |= health(r) == Health::up && !item.refused.contains(r) && !item.banned.contains(r);
-      if (!other) {
+      if (std::none_of(item.list.begin(), item.list.end(), [&](Recorder r) { return can_take(item, r); })) {
         start_round(item);
         item.untried.erase(recorder);
       }
@@ -123,9 +133,7 @@ void Failover::refused(Recording recording, Recorder recorder, Refusal refusal) 
   (refusal == Refusal::for_good ? item.banned : item.refused).insert(recorder);
   if (!item.placed || item.where != recorder) return;
   item.placed = item.open = false;
-  bool other = false;
-  for (const Recorder r : item.list) other |= health(r) == Health::up && !item.refused.contains(r) && !item.banned.contains(r);
-  if (!other) start_round(item);
+  if (std::none_of(item.list.begin(), item.list.end(), [&](Recorder r) { return can_take(item, r); })) start_round(item);
   place(recording, item);
 }
 

@@ -60,6 +60,8 @@ class Failover {
   /// Where the recording is, or is being opened.
   const Recorder* at(Recording recording) const;
   bool wants_recorder(Recording recording) const;
+  /// Is a recorder up where it could go from where it is?
+  bool has_another(Recording recording) const;
 
  private:
   enum class Health : std::uint8_t { unknown, trying, up, closed, down };
@@ -72,6 +74,7 @@ class Failover {
     bool told = false;
     wire::RecorderState state = wire::RecorderState::searching;
   };
+  bool can_take(const Item& item, Recorder recorder) const;
   void start_round(Item& item);
   void place(Recording recording, Item& item);
   void tell(Recording recording, Item& item, wire::RecorderState state);

@@ -811,6 +811,15 @@ void Relay::tick() {
         }
       }
     }
+    // A program waits for the first line (enforce): one slow disk is not to refuse it while another recorder is there.
+    std::vector<RecordingPtr> waits;
+    for (auto& [key, r] : by_key_) {
+      const auto& meta = r->entry->meta();
+      if (!meta.enforce || meta.epoch > 1 || r->committed > 0 || !r->link || !r->upload) continue;
+      const auto since = r->upload->waiting_since();
+      if (since && now - std::max(*since, awake_since_) > settings_.first_commit_timeout && failover_.has_another(key)) waits.push_back(r);
+    }
+    for (const auto& r : waits) on_refused(r, *by_index_[*failover_.at(r->key)], {"", 0, 0, "its first line was not committed in time"});
     if (now - last_liveness_ >= settings_.liveness_interval) {
       last_liveness_ = now;
       look_for_dead_sessions();

@@ -40,6 +40,7 @@ Expected<Settings> parse_settings(std::string_view text, const std::string& file
     r.duration("attempt_stagger", s.attempt_stagger);
     r.duration("lost_timeout", s.lost_timeout, Milliseconds{50});
     r.duration("commit_timeout", s.commit_timeout, Milliseconds{50});
+    r.duration("first_commit_timeout", s.first_commit_timeout, Milliseconds{50});
     r.duration("backoff_shortest", s.backoff_shortest);
     r.duration("backoff_longest", s.backoff_longest);
     r.duration("penalty", s.penalty);

@@ -27,6 +27,7 @@ struct Settings {
   Milliseconds attempt_stagger{150};
   Milliseconds lost_timeout{2000};
   Milliseconds commit_timeout{10'000};
+  Milliseconds first_commit_timeout{400};  ///< of a recording that must be recorded: its program waits for it
   Milliseconds backoff_shortest{50};
   Milliseconds backoff_longest{1000};
   Milliseconds penalty{10'000};       ///< how long a recorder that committed nothing is not tried

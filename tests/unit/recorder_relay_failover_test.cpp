@@ -137,7 +137,9 @@ TEST_CASE("a refusal concerns that recording alone", "[recorder][failover]") {
     CHECK(words(f).empty());
   }
   SECTION("for now") {
+    CHECK(f.has_another(7));
     f.refused(7, a, Failover::Refusal::for_now);
+    CHECK_FALSE(f.has_another(7));
     f.refused(7, b, Failover::Refusal::for_now);
     CHECK(words(f) == Words{"open 7@1", "tell 7 none"});
     f.retry();

@@ -81,6 +81,21 @@ def test_a_stopped_recorder_that_wakes_up_cannot_write_what_went_elsewhere(net):
         assert recording.raw.startswith(part.read_bytes()), "A's copy is not a beginning of the recording"
 
 
+def test_a_login_while_the_first_recorder_hangs_is_recorded_at_the_second(make_stack):
+    net = make_stack(**scenes.settings(relay={"recorders": {"lost_timeout": "30s"}}, posternd={"recorder": {"start_timeout": "5s"}}))
+    scenes.choose(net, "a")
+    net.recorder_a.pause()
+    try:
+        done = net.ssh("echo hangs-at-$((40 + 2))")
+        assert done.code == 0 and done.out == b"hangs-at-42\n", done
+        assert done.seconds < 3 * SLACK, "not as long as it may wait at all"
+        letter, recording = scenes.wait_whole(net, "hangs-at-")
+        assert letter == "b"
+        scenes.check_recording(recording, done.out, "hangs-at-")
+    finally:
+        net.recorder_a.resume()
+
+
 class Silent:
     """Accepts connections, reads what comes and never says a word."""
 
