@@ -223,6 +223,7 @@ void SessionChannel::refuse_unrecorded() {
     started.channel = number_;
     started.input = started.output = 1;
     started.error = terminal_ ? 0 : 1;
+    started.pty = terminal_ ? 1 : 0;
     no_blocking(in.write.get());
     no_blocking(out.read.get());
     no_blocking(err.read.get());
@@ -263,12 +264,12 @@ bool SessionChannel::make_descriptors(pty::Launch& launch, std::vector<UniqueFd>
   if (terminal_) {
     launch.input = launch.output = launch.error = terminal_->follower.get();
     launch.terminal = true;
+    started.pty = 1;
     if (!tee_) {
       // The real leader; ours is for the window's size alone, and closes with the channel, else nothing would ever hang up.
       UniqueFd leader{::fcntl(terminal_->leader.get(), F_DUPFD_CLOEXEC, 3)};
       if (!leader) return false;
       started.combined = 1;
-      started.pty = 1;
       give(std::move(leader));
       return true;
     }

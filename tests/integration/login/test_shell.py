@@ -134,6 +134,20 @@ def test_a_program_in_the_background_that_keeps_stdout_does_not_hold_a_pty_sessi
             os.kill(p.pid, signal.SIGKILL)
 
 
+def test_a_program_on_a_terminal_goes_on_when_the_clients_output_is_closed(stack, who):
+    """`ssh -t host make install | head -1`, as under sshd: OpenSSH's client says so by eow@openssh.com, and a terminal is no pipe."""
+    async def run():
+        async with await stack.asyncssh(bind=who) as connection:
+            process = await connection.create_process("echo ready; read a; read b; sleep 0.3; test $a$b = onetwo && exit 6", term_type="xterm")
+            assert (await process.stdout.readline()) == "ready\r\n"
+            process.stdin.write("one\n")
+            process.channel._send_request(b"eow@openssh.com")
+            process.stdin.write("two\n")
+            result = await process.wait()
+            return result.exit_status, result.exit_signal
+    assert asyncio.run(asyncio.wait_for(run(), 20 * SLACK)) == (6, None)
+
+
 def prompt_after_ctrl_c(t):
     """The kernel empties the terminal's queues between the signal and the echo (n_tty.c, isig): a prompt that was quicker is gone, and Enter gives another."""
     t.read_until(r"\^C", seconds=15)
