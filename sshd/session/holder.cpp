@@ -349,7 +349,10 @@ Expected<std::pair<UniqueFd, pid_t>> PamHolder::start_helper(const helper::Setti
 Expected<pid_t> PamHolder::launched() {
   const auto m = receive_within(socket_.get(), launch_timeout_ms);
   const auto answer = m ? m->body<Launched>() : std::nullopt;
-  if (!answer || m->type != static_cast<std::uint16_t>(Type::launched)) return Unexpected{Error{EPIPE, "the PAM holder is gone"}};
+  if (!answer || m->type != static_cast<std::uint16_t>(Type::launched)) {
+    socket_.reset();  // an answer that is only late would be taken for the next program's
+    return Unexpected{Error{EPIPE, "the PAM holder is gone"}};
+  }
   if (answer->error != 0) return Unexpected{system_error("fork a program", answer->error)};
   return static_cast<pid_t>(answer->pid);
 }
