@@ -76,7 +76,7 @@ build() {
     if [ -t 2 ]; then
       cmake --build --preset "$preset" "${targets[@]}" >&2 9>&-
     else
-      cmake --build --preset "$preset" "${targets[@]}" 2>&1 9>&- | awk '/^\[[0-9]+\/[0-9]+\]/ { if (NR % 25 == 0) print "    " $1; next } { print }' >&2
+      cmake --build --preset "$preset" "${targets[@]}" 2>&1 9>&- | sed -u -E '/^\[[0-9]+\/[0-9]+\]/{0~25!d; s/^([^ ]+).*/    \1/}' >&2
     fi || die "the build failed"
     say "Built in $((SECONDS - begin)) s"
   ) 9>"$root/build/.build.lock" || exit 1
