@@ -681,7 +681,8 @@ class Stack:
             "programs": {"dir": BIN},
             "control": {"socket": self.control, "registration_socket": self.dir / "run/registration.sock"},
             "relay": {"socket": self.dir / "relay/relay.sock"},
-            "recorder": {"port": self.recorder_port},
+            # A disk that is busy with what builds left may stand still for a second; tests of the refusal itself set their own.
+            "recorder": {"port": self.recorder_port, "start_timeout": "5s"},
             "sandbox": {"user": self.accounts.net, "empty_root": self.dir / "run/empty"},
             "pam": {"service": "postern", "confdir": self.dir / "pam"},
             # One address does here in a minute what many do in a month; the tests of the penalties themselves say [].
