@@ -16,8 +16,6 @@ using Json = nlohmann::json;
 
 /// pgproxy and friends know it by this name; headscale and Tailscale both use it for every tagged node.
 constexpr std::string_view tagged_devices = "tagged-devices";
-/// ipn.State: NoState, InUseOtherUser, NeedsLogin, NeedsMachineAuth, Stopped, Starting, Running.
-constexpr std::int64_t state_running = 6;
 
 Unexpected<Error> strange(const std::string& what) {
   return {Error{EAGAIN, "tailscaled's answer: " + what}};
@@ -244,7 +242,6 @@ Expected<WhoisAnswer> read_whois(std::string_view json, const std::optional<Addr
     }
   }
   if (!read.wrong().empty()) return strange("whois: " + read.wrong());
-  if (expiry) answer.key_expiry = expiry;
   return answer;
 }
 
@@ -328,16 +325,14 @@ Expected<bool> read_run_ssh(std::string_view json) {
   return on;
 }
 
-Expected<BusLine> read_bus_line(std::string_view json) {
-  auto notify = read_object(json, [](int depth, const std::string& key) { return depth == 1 ? key == "State" || key == "Prefs" : depth == 2 && key == "RunSSH"; });
+Expected<std::optional<bool>> read_bus_line(std::string_view json) {
+  auto notify = read_object(json, [](int depth, const std::string& key) { return depth == 1 ? key == "Prefs" : depth == 2 && key == "RunSSH"; });
   if (!notify) return Unexpected{std::move(notify.error())};
   Reader read;
-  BusLine line;
-  if (const auto it = notify->find("State"); it != notify->end() && !it->is_null() && read.expect(it->is_number_integer(), "State"))
-    line.running = it->get<std::int64_t>() == state_running;
-  if (const Json* prefs = read.object(*notify, "Prefs"); prefs != nullptr) line.run_ssh = read.flag(*prefs, "RunSSH");
+  std::optional<bool> run_ssh;
+  if (const Json* prefs = read.object(*notify, "Prefs"); prefs != nullptr) run_ssh = read.flag(*prefs, "RunSSH");
   if (!read.wrong().empty()) return strange("the bus: " + read.wrong());
-  return line;
+  return run_ssh;
 }
 
 Expected<std::optional<std::string>> read_ssh_policy(std::string_view json, bool on_bus) {

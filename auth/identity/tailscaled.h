@@ -39,7 +39,6 @@ struct WhoisContext {
 };
 struct WhoisAnswer {
   Node node;
-  std::optional<WallTime> key_expiry;  ///< in the future
 };
 /// The body of whois's 200. Error{EACCES, ..., user_message}: it is a node that must not log in. Error{E2BIG}: a capability is too long.
 /// `asked`: the address that must be one of the node's own; nothing: it was asked for by the port of tailscaled's proxy.
@@ -60,11 +59,8 @@ Expected<TailscaledStatus> read_status(std::string_view json, bool shared_users)
 /// Of prefs: whether Tailscale SSH is on.
 Expected<bool> read_run_ssh(std::string_view json);
 
-struct BusLine {
-  std::optional<bool> running;  ///< the backend's state, where the line tells it
-  std::optional<bool> run_ssh;  ///< of the preferences, where the line has them
-};
-Expected<BusLine> read_bus_line(std::string_view json);
+/// Of a line of the bus: the same, where it has the preferences.
+Expected<std::optional<bool>> read_bus_line(std::string_view json);
 
 /// The network's ssh rules, as compact JSON, of a netmap (`on_bus`: of the bus line that holds one). "{\"rules\":[]}" where the network has none.
 /// Nothing: no netmap in it, or one without a word on ssh.

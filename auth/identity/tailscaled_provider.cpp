@@ -139,7 +139,7 @@ class Tailscaled : public Provider {
   void noticed(std::string_view line) {
     const auto read = read_bus_line(line);
     if (!read) return lost(read.error().doing), bus_.reset();
-    if (read->run_ssh) ssh_on(*read->run_ssh);
+    if (*read) ssh_on(**read);
     look_soon();
   }
 

@@ -189,10 +189,9 @@ bool SessionChannel::send_rests() {
   return rests_.empty();
 }
 
-void SessionChannel::show(const std::string& text, bool on_error) {
+void SessionChannel::show(const std::string& text) {
   if (handle_ == nullptr || client_closed_ || finished_) return;
-  const bool error = on_error || !pty_;
-  rests_.push_back({error, text + "\r\n"});
+  rests_.push_back({true, text + "\r\n"});
   send_rests();
 }
 

@@ -47,8 +47,8 @@ class SessionChannel {
   bool start_asked = false;  ///< a second shell, exec or subsystem is refused, unless the session refused the first
   void started(const channel::Started& how, std::vector<UniqueFd> fds);
   void exited(const channel::Exited& how);
-  /// A line for the user, before whatever the program says next; `on_error`: on stderr even in a pty.
-  void show(const std::string& text, bool on_error);
+  /// A line for the user on stderr (in a pty, too), before whatever the program says next.
+  void show(const std::string& text);
 
   /// Moves what can be moved. `alone`: no other channel on this connection.
   void turn(bool alone);

@@ -437,12 +437,6 @@ void Connection::on_session_message(Message message) {
       if (SessionChannel* const target = find(exited->channel)) target->exited(*exited);
       return;
     }
-    case Type::message: {
-      const auto text = message.body<channel::ChannelMessage>();
-      if (!text) return broken();
-      if (SessionChannel* const target = find(text->channel)) target->show(std::string{text->text.get()}, false);
-      return;
-    }
     case Type::forward_ready: {
       if (message.fds.size() != 1 || !message.body<channel::ForwardReady>()) return broken();
       return on_forward_ready(std::move(message));
@@ -489,7 +483,7 @@ void Connection::on_session_message(Message message) {
 void Connection::on_disconnect(const std::string& text) {
   const auto deadline = std::chrono::steady_clock::now() + flush_limit / 2;
   if (!text.empty())
-    for (auto& [number, channel] : channels_) channel->show(text, true);
+    for (auto& [number, channel] : channels_) channel->show(text);
   for (;;) {  // no program output any more, only these lines
     bool sent = true;
     for (auto& [number, channel] : channels_) sent = channel->send_rests() && sent;

@@ -48,7 +48,6 @@ enum class Type : std::uint16_t {
   exited = 23,       ///< Exited: send exit-status or exit-signal now; output still in the pipes follows, then EOF, CLOSE
   signature = 24,    ///< net::Signature
   disconnect = 25,   ///< Disconnect: show the text on every open session channel's stderr, then SSH_MSG_DISCONNECT and exit
-  message = 26,      ///< ChannelMessage: a line for the user on that channel's stderr (pty: stdout), before anything else
   watch_activity = 27,  ///< WatchActivity: from now on, tell when bytes move
   forward_ready = 28,      ///< ForwardReady + the connected socket, non-blocking
   forward_failed = 29,     ///< ForwardFailed
@@ -97,7 +96,7 @@ struct Started {
   std::uint8_t input = 0;
   std::uint8_t output = 0;
   std::uint8_t error = 0;
-  std::uint8_t pty = 0;       ///< a read error EIO is end of file
+  std::uint8_t pty = 0;       ///< the program has a terminal, whether the descriptors are its leader or (recorded) pipes to it
   std::uint8_t spare[3] = {};
 };
 struct Exited {
@@ -119,11 +118,6 @@ struct WatchActivity {
 struct Activity {
   std::uint32_t spare = 0;
 };
-struct ChannelMessage {
-  std::uint32_t channel = 0;
-  FixedText<1024> text;
-};
-
 
 // Forwardings (RFC 4254 section 7, OpenSSH's PROTOCOL 2.4, RFC 9987's agent and RFC 4254 section 6.3's X11). net knows only what its client
 // asked for; session asks the rules, and a process that runs as the user connects or listens.
