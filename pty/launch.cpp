@@ -117,4 +117,14 @@ void signal_program(pid_t program, int signal) {
   if (::kill(-program, signal) != 0 && errno == ESRCH) ::kill(program, signal);
 }
 
+void signal_program_as(const LocalUser& user, pid_t program, int signal) {
+  if (::fork() != 0) return;
+  // It is the user's to stop from here on, and is to hold nothing open then, nor outlive us.
+  ::syscall(SYS_close_range, 0U, ~0U, 0U);
+  if (!become_user(user)) ::_exit(could_not_become_user);
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+  signal_program(program, signal);
+  ::_exit(0);
+}
+
 }  // namespace postern::pty

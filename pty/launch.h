@@ -36,4 +36,8 @@ Expected<pid_t> launch(const Launch& what, bool sibling = false);
 /// dispositions that the program is to begin with. So one that is told to go as it starts does not stay.
 void signal_program(pid_t program, int signal);
 
+/// The same with the rights of `user` (kill(2)): of a group in which something runs as another one, sudo for instance, only what the user could signal gets it.
+/// By a short-lived child, which the caller reaps as it does the others.
+void signal_program_as(const LocalUser& user, pid_t program, int signal);
+
 }  // namespace postern::pty

@@ -164,6 +164,7 @@ Expected<Config, std::vector<Problem>> parse_config(std::string_view text, std::
     r.duration("crash_penalty", c.limits.crash_penalty, 0ms, 24h);
     r.duration("penalty_auth_failed", c.limits.penalties.auth_failed, 0ms, 24h);
     r.duration("penalty_no_auth", c.limits.penalties.no_auth, 0ms, 24h);
+    r.duration("penalty_key_scan", c.limits.penalties.key_scan, 0ms, 24h);
     r.duration("penalty_grace_exceeded", c.limits.penalties.grace_exceeded, 0ms, 24h);
     r.duration("penalty_min", c.limits.penalties.min, 0ms, 24h);
     r.duration("penalty_max", c.limits.penalties.max, 0ms, 24h);

@@ -218,7 +218,7 @@ void Connection::on_net(Message message) {
     if (!ask || signed_once_ || ask->purpose != net::Purpose::exchange_hash || !ask->data.valid() || !HostKeys::may_sign(ask->data.get())) return break_off("net asked for a signature it may not have");
     signed_once_ = true;
     (void)facts_.exchange_hash.set(ask->data.get());
-    broker_.keys().sign(*ask, {}, broker_.io().get_executor(), [weak = weak_from_this()](const std::string& blob) {
+    broker_.keys().sign(*ask, {}, broker_.io().get_executor(), weak_from_this(), [weak = weak_from_this()](const std::string& blob) {
       const auto self = weak.lock();
       if (!self || !self->net_) return;
       net::Signature answer;
@@ -391,11 +391,11 @@ void Connection::on_session(Message message) {
           return answer({});
         }
         sign_tokens_ -= 1;
-        if (sign_tokens_ >= 0) return broker_.keys().sign(*ask, facts_.exchange_hash.get(), broker_.io().get_executor(), answer);
+        if (sign_tokens_ >= 0) return broker_.keys().sign(*ask, facts_.exchange_hash.get(), broker_.io().get_executor(), weak_from_this(), answer);
         const auto later = std::make_shared<boost::asio::steady_timer>(broker_.io(), std::chrono::milliseconds{static_cast<int>(-sign_tokens_ / sign_per_second * 1000)});
         later->async_wait([later, weak = weak_from_this(), request = *ask, answer](boost::system::error_code ec) {
           const auto self = weak.lock();
-          if (!ec && self && !self->done_) self->broker_.keys().sign(request, self->facts_.exchange_hash.get(), self->broker_.io().get_executor(), answer);
+          if (!ec && self && !self->done_) self->broker_.keys().sign(request, self->facts_.exchange_hash.get(), self->broker_.io().get_executor(), weak, answer);
         });
         return;
       }
@@ -542,8 +542,10 @@ void Connection::deny(const std::string& text, const std::string& why) {
 void Connection::break_off(const std::string& why) {
   if (done_) return;
   // Not said by net, which may lie about its client: known here is that the question never came.
-  if (phase_ == Phase::handshake && ssh_user_.empty())
-    punish(std::chrono::steady_clock::now() - accepted_at_ < broker_.config().limits.login_grace_time ? Offence::no_auth : Offence::grace_exceeded);
+  if (phase_ == Phase::handshake && ssh_user_.empty()) {
+    const bool in_time = std::chrono::steady_clock::now() - accepted_at_ < broker_.config().limits.login_grace_time;
+    punish(!in_time ? Offence::grace_exceeded : signed_once_ ? Offence::key_scan : Offence::no_auth);
+  }
   if (phase_ != Phase::ending) spdlog::info("event=connection_ended connection={} peer={} phase={} why={}", id_, peer_.text(), static_cast<int>(phase_), safe_quoted(why));
   if (granted_) return revoke("The connection was ended by the server.", why);
   kill_net();
@@ -574,8 +576,8 @@ void Connection::revoke(const std::string& text, const std::string& why) {
     self->end_timer_.expires_after(self->broker_.config().session.kill_time + clear_up + programs_slack);
     self->end_timer_.async_wait([self](boost::system::error_code late) {
       if (late || self->done_) return;
-      const auto kill = [self](const char* why) {
-        spdlog::error("event=session_killed connection={} why={}", self->id_, why);
+      const auto kill = [self](const char* fault) {
+        spdlog::error("event=session_killed connection={} why={}", self->id_, fault);
         self->kill_session();
       };
       if (has_programs(self->id_, self->cgroup_, self->session_pid_)) return kill("it_did_not_end_its_programs");

@@ -18,8 +18,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cerrno>
+#include <deque>
+#include <mutex>
 #include <set>
 
 namespace postern::sshd::broker {
@@ -337,8 +338,32 @@ Expected<Done> sync_folder(const std::string& dir) {
 
 }  // namespace
 
-HostKeys::HostKeys() : rsa_{std::make_unique<boost::asio::thread_pool>(1)}, rsa_waiting_{std::make_shared<std::atomic<int>>(0)} {}
-HostKeys::~HostKeys() { rsa_->join(); }
+struct HostKeys::RsaQueue {
+  std::mutex mutex;
+  std::deque<std::function<void()>> live, before_login;
+
+  void add(bool is_live, std::function<void()> job) {
+    const std::lock_guard lock{mutex};
+    (is_live ? live : before_login).push_back(std::move(job));
+  }
+  void run_one() {
+    std::function<void()> job;
+    {
+      const std::lock_guard lock{mutex};
+      auto& queue = live.empty() ? before_login : live;
+      if (queue.empty()) return;
+      job = std::move(queue.front());
+      queue.pop_front();
+    }
+    job();
+  }
+};
+
+HostKeys::HostKeys() : rsa_{std::make_unique<boost::asio::thread_pool>(1)}, rsa_waiting_{std::make_shared<RsaQueue>()} {}
+HostKeys::~HostKeys() {
+  rsa_->stop();
+  rsa_->join();
+}
 
 Expected<Done> HostKeys::add(const std::string& path, Use use) {
   auto key = read_key(path);
@@ -444,7 +469,8 @@ bool HostKeys::may_sign(std::string_view data) noexcept {
   return (data.size() == 32 || data.size() == 48 || data.size() == 64) && data.substr(0, 6) != "SSHSIG";
 }
 
-void HostKeys::sign(const net::AskSign& ask, std::string_view session_id, boost::asio::any_io_executor executor, OnSigned done) {
+void HostKeys::sign(const net::AskSign& ask, std::string_view session_id, boost::asio::any_io_executor executor, std::weak_ptr<const void> asker,
+                    OnSigned done) {
   const Key* const key = find(ask.key);
   std::string data{ask.data.get()};
   if (!ask.data.valid() || key == nullptr) return done({});
@@ -457,15 +483,11 @@ void HostKeys::sign(const net::AskSign& ask, std::string_view session_id, boost:
     return done({});
   }
   if (EVP_PKEY_get_base_id(key->key.get()) != EVP_PKEY_RSA) return done(sign_with(key->key.get(), ask.digest, data));
-  if (rsa_waiting_->fetch_add(1) >= max_rsa_queue) {
-    rsa_waiting_->fetch_sub(1);
-    return done({});
-  }
-  boost::asio::post(*rsa_, [key = key->key, digest = ask.digest, data, executor, done = std::move(done), waiting = rsa_waiting_] {
-    std::string blob = sign_with(key.get(), digest, data);
-    waiting->fetch_sub(1);
-    boost::asio::post(executor, [done, blob = std::move(blob)] { done(blob); });
+  rsa_waiting_->add(!session_id.empty(), [key = key->key, digest = ask.digest, data, executor, asker = std::move(asker), done = std::move(done)] {
+    if (asker.expired()) return;
+    boost::asio::post(executor, [done, blob = sign_with(key.get(), digest, data)] { done(blob); });
   });
+  boost::asio::post(*rsa_, [waiting = rsa_waiting_] { waiting->run_one(); });
 }
 
 }  // namespace postern::sshd::broker

@@ -6,7 +6,6 @@
 #include <boost/asio/any_io_executor.hpp>
 #include <boost/asio/thread_pool.hpp>
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -48,11 +47,10 @@ class HostKeys {
   int bits(std::size_t key) const;
 
   using OnSigned = std::function<void(std::string signature_blob)>;  ///< empty = refused
-  /// Signs what may_sign() allows, or the proof of possession for the connection whose first exchange hash is `session_id` (empty: none). ed25519 and ecdsa at once, rsa in a thread of its own (about 2 ms) whose queue is bounded:
-  /// beyond max_rsa_queue the answer is a refusal. `done` runs on `executor`.
-  void sign(const net::AskSign& ask, std::string_view session_id, boost::asio::any_io_executor executor, OnSigned done);
-
-  static constexpr int max_rsa_queue = 64;
+  /// Signs what may_sign() allows, or the proof of possession for the connection whose first exchange hash is `session_id` (empty: none). ed25519 and ecdsa at once, rsa in a thread of its own
+  /// (about 2 ms): those who are logged in first, then in the order in which they asked, unless `asker` has gone meanwhile. Who asks is bounded by the
+  /// limits on connections, and a refusal would end another one's login or session. `done` runs on `executor`.
+  void sign(const net::AskSign& ask, std::string_view session_id, boost::asio::any_io_executor executor, std::weak_ptr<const void> asker, OnSigned done);
 
   /// True for exactly 32, 48 or 64 bytes that do not begin with "SSHSIG": an exchange hash, never a signed file (PROTOCOL.sshsig)
   /// nor anything that the recording key signs (that is another key).
@@ -65,7 +63,8 @@ class HostKeys {
   const Key* find(std::uint32_t id) const;
   std::vector<Key> keys_;
   std::unique_ptr<boost::asio::thread_pool> rsa_;
-  std::shared_ptr<std::atomic<int>> rsa_waiting_;
+  struct RsaQueue;
+  std::shared_ptr<RsaQueue> rsa_waiting_;
 };
 
 }  // namespace postern::sshd::broker

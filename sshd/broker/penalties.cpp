@@ -23,6 +23,7 @@ const char* name_of(Offence offence) {
   switch (offence) {
     case Offence::auth_failed: return "auth_failed";
     case Offence::no_auth: return "no_auth";
+    case Offence::key_scan: return "key_scan";
     case Offence::grace_exceeded: return "grace_exceeded";
   }
   return "";
@@ -57,9 +58,19 @@ Penalties::Entry* Penalties::keep_until(const std::string& source, Clock::time_p
   return &it->second;
 }
 
+std::chrono::milliseconds Penalties::penalty_for(Offence offence) const {
+  switch (offence) {
+    case Offence::auth_failed: return terms_.auth_failed;
+    case Offence::no_auth: return terms_.no_auth;
+    case Offence::key_scan: return terms_.key_scan;
+    case Offence::grace_exceeded: return terms_.grace_exceeded;
+  }
+  return terms_.max;
+}
+
 std::optional<std::chrono::milliseconds> Penalties::add(const std::string& source, Offence offence, Clock::time_point now) {
   forget(now);
-  const auto penalty = offence == Offence::auth_failed ? terms_.auth_failed : offence == Offence::no_auth ? terms_.no_auth : terms_.grace_exceeded;
+  const auto penalty = penalty_for(offence);
   if (penalty.count() <= 0) return std::nullopt;
   const auto it = entries_.find(source);
   const auto so_far = it != entries_.end() ? it->second.expires : now;

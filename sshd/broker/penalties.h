@@ -22,6 +22,7 @@ std::string source_of(const Node* node, const Address& peer);
 enum class Offence {
   auth_failed,    ///< asked, and the answer was no
   no_auth,        ///< went, or broke the protocol, before it had asked; or nobody knows it
+  key_scan,       ///< a node that went when it had seen the host key, as ssh-keyscan(1) does
   grace_exceeded  ///< stayed for the whole grace time and never asked
 };
 const char* name_of(Offence offence);
@@ -34,7 +35,7 @@ class Penalties {
  public:
   using Clock = std::chrono::steady_clock;
   struct Terms {
-    std::chrono::milliseconds auth_failed{5000}, no_auth{1000}, grace_exceeded{10'000};
+    std::chrono::milliseconds auth_failed{5000}, no_auth{1000}, key_scan{100}, grace_exceeded{10'000};
     std::chrono::milliseconds min{15'000}, max{600'000};
     std::size_t sources = 65'536;
   };
@@ -54,6 +55,7 @@ class Penalties {
     Clock::time_point expires{};
     bool refused = false;
   };
+  std::chrono::milliseconds penalty_for(Offence offence) const;
   /// Nothing when `expires` is not in the future, or no source may be kept.
   Entry* keep_until(const std::string& source, Clock::time_point expires, Clock::time_point now);
   void forget(Clock::time_point now);

@@ -148,7 +148,7 @@ bool ForwardChannel::send_or_keep(const char* bytes, std::size_t size) {
 }
 
 bool ForwardChannel::read_socket(std::size_t most) {
-  const std::size_t size = std::min({most, largest_read, static_cast<std::size_t>(ssh_channel_window_size(handle_))});
+  const std::size_t size = ext::room(handle_, std::min(most, largest_read));
   if (size == 0) return false;
   readable_ = false;
   char* const buffer = shared_buffer();

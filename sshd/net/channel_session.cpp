@@ -40,6 +40,7 @@ void SessionChannel::opened(ssh_session session, ssh_channel handle) {
 }
 
 void SessionChannel::answered(bool want_reply, bool yes) {
+  if (!want_reply) return;
   expected_.push_back({want_reply, yes});
   send_replies();
 }
@@ -197,7 +198,7 @@ void SessionChannel::show(const std::string& text) {
 
 void SessionChannel::read_output(Output& output, std::size_t most) {
   if (output.ended || !rests_.empty() || !may_send()) return;
-  const std::size_t size = std::min<std::size_t>(most, ssh_channel_window_size(handle_));
+  const std::size_t size = ext::room(handle_, most);
   char* const buffer = shared_buffer();
   ssize_t n = ::read(output.fd.get(), buffer, size);
   // A terminal may say so while the last bytes are still on their way between its two ends: asked again it has them (session/channel.cpp).

@@ -43,6 +43,8 @@ class SessionChannel {
   void asked(bool want_reply, bool start = false) { expected_.push_back({want_reply, std::nullopt, start}); }
   void answered(bool want_reply, bool yes);
   void session_answered(bool yes);
+  /// Requests whose answers wait for one of the session's.
+  std::size_t unanswered() const { return expected_.size(); }
 
   bool start_asked = false;  ///< a second shell, exec or subsystem is refused, unless the session refused the first
   void started(const channel::Started& how, std::vector<UniqueFd> fds);

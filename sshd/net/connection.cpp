@@ -121,7 +121,7 @@ void Connection::on_client_socket() {
 }
 
 void Connection::turn() {
-  collect_messages();  // reads, too
+  collect_messages();
   check_amounts();
   handle_auth_requests();
   handle_link();
@@ -162,7 +162,7 @@ void Connection::on_auth_request(bool acceptable) {
 }
 
 void Connection::collect_messages() {
-  while (ssh_message message = ssh_message_get(session_)) {
+  while (ssh_message message = ext::take_message(session_)) {
     switch (ssh_message_type(message)) {
       case SSH_REQUEST_AUTH:
         // An INFO_RESPONSE arrives as one as well, though no USERAUTH_REQUEST was seen.
@@ -540,6 +540,7 @@ void Connection::on_channel_request(ssh_channel handle, ext::ChannelRequest requ
     if (request.want_reply) ext::reply_request(handle, false);
     return;
   }
+  if (target->unanswered() >= max_waiting_requests) return disconnect(ext::DisconnectReason::protocol_error, "Too many requests at once.");
   handle_request(*target, std::move(request));
 }
 
@@ -778,7 +779,7 @@ void Connection::on_forward_incoming(Message message) {
 void Connection::on_global_request(ext::GlobalRequest request) {
   using Kind = ext::GlobalRequest::Kind;
   if (!authenticated_ || done_) return;
-  if (global_replies_.size() >= max_waiting_global_requests) return disconnect(ext::DisconnectReason::protocol_error, "Too many requests at once.");
+  if (global_replies_.size() >= max_waiting_requests) return disconnect(ext::DisconnectReason::protocol_error, "Too many requests at once.");
   GlobalReply reply{next_request_++, request.want_reply, false, std::nullopt};
   const bool tcp = request.kind == Kind::listen_tcp || request.kind == Kind::cancel_tcp;
   if (tcp || request.kind == Kind::listen_socket || request.kind == Kind::cancel_socket) {

@@ -31,7 +31,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
   /// Likewise; session's own limit (limits.forwards_per_connection) is lower or this holds.
   static constexpr std::size_t max_forwards = 4096;
   static constexpr std::size_t max_kept = 64 * 1024 * 1024;  ///< bytes of the client's that forwardings' sockets do not take
-  static constexpr std::size_t max_waiting_global_requests = 512;
+  static constexpr std::size_t max_waiting_requests = 512;  ///< global ones, and of one channel, that wait for their answers
   /// Bytes that the client does not read: beyond it, it is not read either; and what waits for a key exchange that does not end, and then the
   /// connection does.
   static constexpr std::size_t max_unsent = 2 * 1024 * 1024;

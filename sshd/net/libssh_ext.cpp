@@ -17,6 +17,7 @@ extern "C" {
 #include "libssh/string.h"
 #include "libssh/bind.h"
 #include "libssh/callbacks.h"
+#include "libssh/messages.h"
 #include "libssh/misc.h"
 #include "libssh/socket.h"
 }
@@ -455,6 +456,13 @@ std::size_t unsent(ssh_session session) {
   for (auto it = ssh_list_get_iterator(session->out_queue); it != nullptr; it = it->next)
     bytes += overhead + ssh_buffer_get_len(static_cast<ssh_buffer>(const_cast<void*>(it->data)));
   return bytes;
+}
+
+ssh_message take_message(ssh_session session) { return ssh_message_pop_head(session); }
+
+std::size_t room(ssh_channel channel, std::size_t most) {
+  constexpr std::size_t most_packets = 64;
+  return std::min({most, static_cast<std::size_t>(ssh_channel_window_size(channel)), most_packets * std::max<std::size_t>(channel->remote_maxpacket, 1)});
 }
 
 bool exchanging_keys(ssh_session session) {

@@ -132,6 +132,11 @@ ssh_channel open_outgoing(ssh_session session, const OutgoingOpen& open);
 bool exchanging_keys(ssh_session session);
 /// Bytes that wait for the client to read, or for the end of a key exchange.
 std::size_t unsent(ssh_session session);
+/// The next message of the client's that libssh has read, to be freed by ssh_message_free(), or nullptr. Unlike ssh_message_get() it reads nothing: that one
+/// goes on for as long as a client has more to say.
+ssh_message take_message(ssh_session session);
+/// How many bytes to take from a program now: the client's window, at most `most`, and not in more than 64 packets of the size that it takes.
+std::size_t room(ssh_channel channel, std::size_t most);
 /// Bytes of the client's that libssh holds for us.
 std::size_t unread(ssh_channel channel);
 /// No WINDOW_ADJUST any more, which must not follow our CLOSE (RFC 4254 section 5.3; asyncssh ends the connection). Before ssh_channel_close().

@@ -154,7 +154,12 @@ void SessionChannel::window_change(const ch::WindowChange& request) {
 }
 
 void SessionChannel::signal(std::string_view name) {
-  if (const int s = signal_number(name); s != 0 && pid_ > 0) pty::signal_program(pid_, s);
+  const int number = signal_number(name);
+  if (number == 0 || pid_ <= 0) return;
+  // As sshd: a program that the client did not choose is not the client's to stop (session.c session_signal_req).
+  if (kind_ == ch::StartKind::subsystem || !host_.facts.rules.command.get().empty())
+    return spdlog::info("event=signal_refused channel={} signal={}", number_, name);
+  pty::signal_program_as(host_.user, pid_, number);
 }
 
 bool SessionChannel::send_break() {

@@ -5,7 +5,9 @@
 #include <lastlog.h>
 #include <paths.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <utmp.h>
 #include <utmpx.h>
@@ -49,11 +51,19 @@ utmpx entry_for(const std::string& path, pid_t pid) {
   return u;
 }
 
+/// By a short-lived child: anybody may hold a lock on those files, for which libc waits 10 s each. It takes no time as a rule, and is waited for so long that
+/// who looks afterwards finds the entry.
 void write_entry(const utmpx& u) {
-  ::setutxent();
-  ::pututxline(&u);
-  ::endutxent();
-  ::updwtmpx(_PATH_WTMP, &u);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::syscall(SYS_close_range, 0U, ~0U, 0U);
+    ::setutxent();
+    ::pututxline(&u);
+    ::endutxent();
+    ::updwtmpx(_PATH_WTMP, &u);
+    ::_exit(0);
+  }
+  for (int i = 0; child > 0 && i < 200 && ::waitpid(child, nullptr, WNOHANG) == 0; i++) ::usleep(500);
 }
 
 /// One record of the lastlog file, locked: concurrent logins write the same place.

@@ -150,6 +150,7 @@ void Tee::put(char stream, std::span<const std::byte> bytes) {
     gap_bytes_ += bytes.size();
     c.end = 0;
   } else {
+    write_resize();
     encoded_.clear();
     encoder_.output(stream, bytes, boot_ns(), encoded_);
     append(encoded_);
@@ -163,8 +164,15 @@ void Tee::put(char stream, std::span<const std::byte> bytes) {
 
 void Tee::resize(std::uint32_t cols, std::uint32_t rows) {
   if (gap_ || ending_ || lost_) return;
+  resize_waits_.emplace(cols, rows);
+  write_resize();
+}
+
+void Tee::write_resize() {
+  if (!resize_waits_ || gap_ || link_->room() < least_room) return;
   encoded_.clear();
-  encoder_.resize(cols, rows, boot_ns(), encoded_);
+  encoder_.resize(resize_waits_->first, resize_waits_->second, boot_ns(), encoded_);
+  resize_waits_.reset();
   append(encoded_);
 }
 
@@ -285,6 +293,7 @@ void Tee::link_moved() {
     return;
   }
   if (gap_ && !journal_failed_ && link_->written() >= gap_mark_end_) end_gap();
+  if (!ending_) write_resize();
   release();
 }
 

@@ -114,6 +114,7 @@ class Tee {
   std::uint64_t durable() const;
   bool window_open(std::uint64_t end, Clock::time_point now) const;
   void append(std::string_view encoded);
+  void write_resize();
   void marker(std::string_view text);
   void release();
   void release(Outlet& o);
@@ -151,6 +152,7 @@ class Tee {
   bool journal_failed_ = false;
   bool started_ = false, lost_ = false, ending_ = false, ended_ = false;
   bool gap_ = false;
+  std::optional<std::pair<std::uint32_t, std::uint32_t>> resize_waits_;  // the last one, until the link has room
   bool unheld_ = false;  // fail open, after the end: what is left is shown without the relay
   std::uint64_t gap_bytes_ = 0, gap_total_ = 0, gap_mark_end_ = 0;
   std::uint64_t gap_begun_ns_ = 0;

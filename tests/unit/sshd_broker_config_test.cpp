@@ -83,6 +83,7 @@ TEST_CASE("penalties and what may come before a login have OpenSSH's defaults an
   REQUIRE(c);
   CHECK(c->limits.penalties.auth_failed == 5s);
   CHECK(c->limits.penalties.no_auth == 1s);
+  CHECK(c->limits.penalties.key_scan == 100ms);
   CHECK(c->limits.penalties.grace_exceeded == 10s);
   CHECK(c->limits.penalties.min == 15s);
   CHECK(c->limits.penalties.max == 600s);

@@ -8,10 +8,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
+#include <vector>
 
 using namespace postern;
 using namespace postern::sshd;
@@ -28,7 +31,8 @@ std::string sign_by_id(HostKeys& keys, std::uint32_t id, net::Digest digest, con
   ask.purpose = purpose;
   REQUIRE(ask.data.set(data));
   std::string got;
-  keys.sign(ask, session_id, io.get_executor(), [&](std::string blob) {
+  const auto asker = std::make_shared<int>();
+  keys.sign(ask, session_id, io.get_executor(), asker, [&](std::string blob) {
     got = std::move(blob);
     work.reset();
   });
@@ -110,6 +114,39 @@ TEST_CASE("each key signs in the form that its algorithm has on the wire", "[bro
   CHECK(sign(**keys, 2, net::Digest::none, hash).empty());    // ssh-rsa with SHA-1 is not made
   CHECK(sign(**keys, 0, net::Digest::sha512, hash).empty());
   CHECK(sign_by_id(**keys, 3, net::Digest::none, hash).empty());  // no such key
+}
+
+TEST_CASE("of many who want an RSA signature at once none is refused, who is logged in is first, and who has gone costs nothing", "[broker][keys]") {
+  TempDir dir;
+  auto keys = HostKeys::load({made_by_ssh_keygen(dir, "rsa", "-t rsa -b 3072")});
+  REQUIRE(keys);
+  boost::asio::io_context io;
+  auto work = boost::asio::make_work_guard(io);
+  net::AskSign ask;
+  ask.key = net::key_id((*keys)->public_blob(0));
+  ask.digest = net::Digest::sha512;
+  REQUIRE(ask.data.set(std::string(32, 'h')));
+  constexpr std::size_t many = 300;
+  std::vector<std::size_t> order;
+  const auto here = std::make_shared<int>();
+  auto gone = std::make_shared<int>();
+  const auto want = [&](std::size_t number, const std::string& session_id, const std::shared_ptr<int>& asker) {
+    (*keys)->sign(ask, session_id, io.get_executor(), asker, [&, number](const std::string& blob) {
+      CHECK_FALSE(blob.empty());
+      order.push_back(number);
+      if (order.size() == many + 1) work.reset();
+    });
+  };
+  for (std::size_t n = 0; n < many; n++) want(n, "", here);
+  for (std::size_t n = 0; n < many; n++) want(10'000 + n, "", gone);
+  gone.reset();
+  want(many, "a session", here);
+  io.run();
+  const auto live = std::find(order.begin(), order.end(), many);
+  CHECK(live < order.begin() + many / 2);
+  order.erase(live);
+  CHECK(std::is_sorted(order.begin(), order.end()));
+  CHECK(order.size() == many);
 }
 
 TEST_CASE("sshd's own host keys are taken as they are", "[broker][keys]") {

@@ -271,7 +271,7 @@ def test_refusals_do_not_fill_the_log(make_stack):
 
 # ---------------------------------------------------------------- sources that misbehave
 
-PENALTIES = {"penalty_exempt": [], "penalty_auth_failed": "2s", "penalty_no_auth": "500ms", "penalty_grace_exceeded": "4s", "penalty_min": "4s", "penalty_max": "5s",
+PENALTIES = {"penalty_exempt": [], "penalty_auth_failed": "2s", "penalty_no_auth": "500ms", "penalty_key_scan": "200ms", "penalty_grace_exceeded": "4s", "penalty_min": "4s", "penalty_max": "5s",
              "login_grace_time": "2s"}
 
 
@@ -320,6 +320,16 @@ def test_who_types_the_wrong_name_twice_gets_in(make_stack):
     assert "event=penalty" not in stack.posternd.log()
 
 
+def test_who_looks_at_the_host_keys_before_each_login_gets_in(make_stack):
+    """With the defaults: ssh runs KnownHostsCommand twice or more for a connection, and `postern known-hosts` looks by ssh-keyscan."""
+    stack = make_stack(posternd={"limits": {"penalty_exempt": []}})
+    for _ in range(40):
+        with Wire(stack, bind=stack.plain_alice) as w:
+            w.keys()
+    assert stack.ssh("echo in", bind=stack.plain_alice).text == "in\n"
+    assert "event=penalty" not in stack.posternd.log()
+
+
 def test_who_logs_in_often_is_never_refused(calm):
     for _ in range(60):
         with Wire(calm) as w:
@@ -340,7 +350,7 @@ def test_who_connects_and_never_asks_is_refused_after_a_while(calm, offence):
                 w.keys()
     since = calm.posternd.log_size()
     assert until_refused(calm, calm.alice, offend) >= 6, "a scanner on the same address is no reason"
-    calm.posternd.wait_log(r"event=penalty .*why=no_auth", since)
+    calm.posternd.wait_log(rf"event=penalty .*why={'key_scan' if offence == 'a key exchange' else 'no_auth'}", since)
 
 
 def test_who_stays_for_the_whole_grace_time_is_refused(calm):
@@ -381,7 +391,7 @@ def test_the_exempt_are_never_refused(make_stack):
 
 
 def test_no_penalty_is_a_setting_too(make_stack):
-    off = {"penalty_auth_failed": "0ms", "penalty_no_auth": "0ms", "penalty_grace_exceeded": "0ms"}
+    off = {"penalty_auth_failed": "0ms", "penalty_no_auth": "0ms", "penalty_key_scan": "0ms", "penalty_grace_exceeded": "0ms"}
     stack = make_stack(posternd={"limits": {"penalty_exempt": [], **off}})
     for _ in range(20):
         denied(stack, stack.bob, stack.user)
