@@ -843,6 +843,7 @@ void Connection::flush(std::chrono::steady_clock::time_point deadline) {
     pollfd polled{client_fd_, POLLOUT, 0};
     ::poll(&polled, 1, static_cast<int>(left.count()));
     ssh_event_dopoll(event_, 0);
+    while (ssh_message message = ext::take_message(session_)) ssh_message_free(message);  // it reads as well
   }
 }
 

@@ -269,6 +269,35 @@ def test_refusals_do_not_fill_the_log(make_stack):
     nothing_left(stack)
 
 
+@pytest.mark.parametrize("what", ["service requests", "login requests"])
+def test_a_flood_before_the_login_makes_nothing_grow(stack, what):
+    """At full speed: a reader that goes on for as long as there is more would never come to its limits."""
+    with Wire(stack, timeout=30) as w:
+        w.handshake()
+        worker, = workers(stack)
+        peak = lambda: int(next(line for line in pathlib.Path(f"/proc/{worker.pid}/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) << 10
+        before = after = peak()
+        payload = bytes([5]) + string("ssh-userauth") if what == "service requests" else w.auth_none("nobody")
+        data = memoryview(b"".join(w.packet(payload) for _ in range(400_000)))
+        since = stack.posternd.log_size()
+        # Without a time-out, for which Python would send in small pieces, slower than the server reads.
+        w.sock.settimeout(None)
+        w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(30 * SLACK), 0))
+
+        def send():
+            with contextlib.suppress(OSError):
+                w.sock.sendall(data)
+        sender = threading.Thread(target=send)
+        sender.start()
+        with contextlib.suppress(OSError, StopIteration):  # until it has ended
+            while sender.is_alive() or "net_note" not in stack.posternd.log(since):
+                after = max(after, peak())
+        sender.join()
+        stack.posternd.wait_log(r"event=net_note .*(too many|the client|at once)", since)
+        assert after - before < (8 << 20) + QUARANTINE, f"the worker grew by {(after - before) >> 20} MiB"
+    nothing_left(stack)
+
+
 # ---------------------------------------------------------------- sources that misbehave
 
 PENALTIES = {"penalty_exempt": [], "penalty_auth_failed": "2s", "penalty_no_auth": "500ms", "penalty_key_scan": "200ms", "penalty_grace_exceeded": "4s", "penalty_min": "4s", "penalty_max": "5s",

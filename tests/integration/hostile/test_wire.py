@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -839,6 +840,7 @@ FLOODS = {
     "opens of an unknown kind": lambda w, n: w.channel_open(n, kind="x" * 200),
     "channel requests": lambda w, n: w.request(w.flooded, "made-up@example.com"),
     "keepalives of a channel": lambda w, n: w.request(w.flooded, "keepalive@openssh.com"),
+    "service requests": lambda w, n: bytes([SERVICE_REQUEST]) + string("ssh-userauth"),
     "environment": lambda w, n: w.request(w.flooded, "env", True, string(f"LC_{n}") + string("v" * 500)),
 }
 
@@ -867,6 +869,57 @@ def test_a_client_that_asks_without_reading_the_answers_makes_nothing_grow(world
                 a.grown()
         except TimeoutError:
             pass  # the server has stopped reading: that is the way
+        a.check()
+
+
+def test_requests_behind_one_that_waits_are_bounded(world):
+    """Its session is stopped: nobody answers the first one, and no other answer may overtake that."""
+    with Watched(world) as a:
+        w = a.wire
+        channel = w.open()
+        session = next(c["session_pid"] for c in control(world, "ls")["connections"] if c["net_pid"] == a.pid)
+        os.kill(session, signal.SIGSTOP)
+        try:
+            w.send(w.request(channel, "exec", True, string("true")))
+            w.raw(b"".join(w.packet(w.request(channel, "made-up@example.com")) for _ in range(2000)))
+            said = w.ended()
+            assert any(p[0] == DISCONNECT and b"Too many requests" in p for p in said), said
+        finally:
+            os.kill(session, signal.SIGCONT)
+        a.check()
+
+
+def test_window_changes_that_no_relay_takes_make_nothing_grow(world):
+    with Watched(world, bind=world.alice) as a:
+        w = a.wire
+        channel = w.open()
+        w.send(w.request(channel, "pty-req", True, string("xterm") + struct.pack(">IIII", 80, 24, 0, 0) + string("")))
+        w.expect(SUCCESS)
+        w.exec(channel, "echo up; exec sleep 3600")
+        w.read_until(b"up")
+        session = next(c["session_pid"] for c in control(world, "ls")["connections"] if c["net_pid"] == a.pid)
+        world.relay.pause()
+        try:
+            before = memory(session)
+            w.raw(b"".join(w.packet(w.request(channel, "window-change", False, struct.pack(">IIII", 80 + n % 2, 24, 0, 0))) for n in range(200_000)))
+            w.send(w.request(channel, "break", True, struct.pack(">I", 0)))
+            w.expect(SUCCESS, seconds=30)
+            assert memory(session) - before < (2 << 20) + QUARANTINE
+        finally:
+            world.relay.resume()
+
+
+def test_output_in_packets_of_one_byte_makes_nothing_grow(world):
+    with Watched(world) as a:
+        w = a.wire
+        channel = w.open(window=0, most=1)
+        since = world.posternd.log_size()
+        w.exec(channel, "head -c 1000000 /dev/zero")
+        world.posternd.wait_log("event=session_end", since)  # all of it is in the pipe
+        w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        w.send(w.on(WINDOW_ADJUST, channel, struct.pack(">I", 1 << 20)))
+        for _ in range(2000):
+            w.expect(DATA)
         a.check()
 
 
