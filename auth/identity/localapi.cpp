@@ -66,7 +66,7 @@ struct GrowingBody {
 /// A response, fed as it comes.
 class Response {
  public:
-  explicit Response(std::optional<std::size_t> limit) {
+  explicit Response(std::optional<std::size_t> limit) : limit_{limit} {
     parser_.header_limit(max_header_bytes);
     if (limit) parser_.body_limit(*limit);
     else parser_.body_limit(boost::none);
@@ -81,6 +81,8 @@ class Response {
       rest_.erase(0, used);
       if (ec == http::error::need_more) break;
       if (ec) return ec.message();
+      // Beast's own limit lets through what came together with the header (1.74).
+      if (limit_ && body().size() > *limit_) return "more than " + std::to_string(*limit_) + " bytes";
       if (used == 0) break;
     }
     return rest_.size() > max_unparsed_bytes && !parser_.is_done() ? "a line without an end" : "";
@@ -100,6 +102,7 @@ class Response {
   std::string& body() { return parser_.get().body(); }
 
  private:
+  const std::optional<std::size_t> limit_;
   http::response_parser<GrowingBody> parser_;
   std::string rest_;
 };

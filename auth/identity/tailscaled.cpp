@@ -16,6 +16,7 @@ using Json = nlohmann::json;
 
 /// pgproxy and friends know it by this name; headscale and Tailscale both use it for every tagged node.
 constexpr std::string_view tagged_devices = "tagged-devices";
+constexpr const char* unnameable_tag = "tag:?";
 
 Unexpected<Error> strange(const std::string& what) {
   return {Error{EAGAIN, "tailscaled's answer: " + what}};
@@ -24,36 +25,76 @@ Unexpected<Error> refused(std::string doing, std::string user_message) {
   return {Error{EACCES, std::move(doing), std::move(user_message)}};
 }
 
-bool nested_too_deep(std::string_view json) {
-  std::size_t depth = 0;
-  bool in_string = false;
-  for (std::size_t i = 0; i < json.size(); i++) {
-    const char c = json[i];
-    if (in_string) {
-      if (c == '\\') i++;
-      else if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '{' || c == '[') {
-      if (++depth > max_tailscaled_nesting) return true;
-    } else if ((c == '}' || c == ']') && depth > 0) {
-      depth--;
-    }
-  }
-  return false;
-}
+/// Builds an object, of whose members only those are kept for which `wanted(depth, key)` holds; depth 1 is the outermost. In time linear in the text, which the
+/// library's own parser with a callback is not: at the end of each object it looks through all that its parent has so far.
+template <class Wanted>
+class Filter : public nlohmann::json_sax<Json> {
+ public:
+  explicit Filter(const Wanted& wanted) : wanted_{wanted} {}
+  Json root;
+  bool too_deep = false;
 
-/// An object, of whose members only those are kept for which `wanted(depth, key)` holds; depth 1 is the outermost.
+  bool null() override { return value(nullptr); }
+  bool boolean(bool v) override { return value(v); }
+  bool number_integer(number_integer_t v) override { return value(v); }
+  bool number_unsigned(number_unsigned_t v) override { return value(v); }
+  bool number_float(number_float_t v, const string_t&) override { return value(v); }
+  bool string(string_t& v) override { return value(std::move(v)); }
+  bool binary(binary_t&) override { return false; }
+  bool start_object(std::size_t) override { return start(Json::object()); }
+  bool start_array(std::size_t) override { return start(Json::array()); }
+  bool end_object() override { return end(); }
+  bool end_array() override { return end(); }
+  bool key(string_t& k) override {
+    if (skipped_ > 0) return true;
+    skip_next_ = !wanted_(static_cast<int>(open_.size()), k);
+    key_ = std::move(k);
+    return true;
+  }
+  bool parse_error(std::size_t, const std::string&, const Json::exception&) override { return false; }
+
+ private:
+  Json* place(Json v) {
+    if (open_.empty()) return &(root = std::move(v));
+    if (open_.back()->is_array()) return &open_.back()->emplace_back(std::move(v));
+    return &((*open_.back())[key_] = std::move(v));
+  }
+  bool value(Json v) {
+    if (skipped_ > 0 || std::exchange(skip_next_, false)) return true;
+    place(std::move(v));
+    return true;
+  }
+  bool start(Json v) {
+    too_deep = open_.size() + skipped_ >= max_tailscaled_nesting;
+    if (too_deep) return false;
+    if (skipped_ > 0 || std::exchange(skip_next_, false))
+      skipped_++;
+    else
+      open_.push_back(place(std::move(v)));
+    return true;
+  }
+  bool end() {
+    if (skipped_ > 0)
+      skipped_--;
+    else
+      open_.pop_back();
+    return true;
+  }
+  const Wanted& wanted_;
+  std::vector<Json*> open_;
+  std::size_t skipped_ = 0;
+  std::string key_;
+  bool skip_next_ = false;
+};
+
 template <class Wanted>
 Expected<Json> read_object(std::string_view text, const Wanted& wanted) {
-  if (nested_too_deep(text)) return strange("nested too deeply");
-  const auto filter = [&wanted](int depth, Json::parse_event_t event, Json& value) {
-    return event != Json::parse_event_t::key || wanted(depth, value.get_ref<const std::string&>());
-  };
-  Json json = Json::parse(text.begin(), text.end(), filter, false);
-  if (json.is_discarded()) return strange("no JSON");
-  if (!json.is_object()) return strange(std::string{"JSON, but "} + json.type_name() + ", not an object");
-  return json;
+  Filter<Wanted> filter{wanted};
+  const bool whole = Json::sax_parse(text.begin(), text.end(), &filter);
+  if (filter.too_deep) return strange("nested too deeply");
+  if (!whole) return strange("no JSON");
+  if (!filter.root.is_object()) return strange(std::string{"JSON, but "} + filter.root.type_name() + ", not an object");
+  return std::move(filter.root);
 }
 
 // Go's encoding/json leaves members out or writes null for what is empty: both read as empty, a wrong type never does.
@@ -72,9 +113,18 @@ class Reader {
     if (v == nullptr || !expect(v->is_string(), key)) return {};
     return plain(v->get_ref<const std::string&>(), key);
   }
+  /// What a node says of itself: whatever it says, the rest of the answer is the network's.
+  static std::string said(const Json& of, const char* key) {
+    const Json* v = member(of, key);
+    return v != nullptr && v->is_string() && is_plain(v->get_ref<const std::string&>()) ? v->get<std::string>() : std::string{};
+  }
   bool flag(const Json& of, const char* key, bool otherwise = false) {
     const Json* v = member(of, key);
     return v == nullptr || !expect(v->is_boolean(), key) ? otherwise : v->get<bool>();
+  }
+  static bool said_yes(const Json& of, const char* key) {
+    const Json* v = member(of, key);
+    return v != nullptr && v->is_boolean() && v->get<bool>();
   }
   /// A user's id: 0 where there is none.
   std::int64_t number(const Json& of, const char* key) {
@@ -89,10 +139,11 @@ class Reader {
       if (expect(v.is_string(), key)) out.push_back(plain(v.get_ref<const std::string&>(), key));
     return out;
   }
+  /// A tag that no policy can name (Headscale takes "tag:web_server") is one all the same: its node is no user's.
   std::vector<std::string> tags(const Json& of) {
     auto out = texts(of, "Tags");
-    for (const auto& tag : out)
-      if (const auto why = problem_of_tag(tag); !why.empty() && wrong_.empty()) wrong_ = "the tag " + safe_quoted(tag, 80) + ": " + std::string{why};
+    for (auto& tag : out)
+      if (!problem_of_tag(tag).empty()) tag = unnameable_tag;
     std::sort(out.begin(), out.end());
     out.erase(std::unique(out.begin(), out.end()), out.end());
     return out;
@@ -109,9 +160,11 @@ class Reader {
     const auto it = of.find(key);
     return it == of.end() || it->is_null() ? nullptr : &*it;
   }
+  static bool is_plain(const std::string& s) {
+    return s.size() <= 320 && std::none_of(s.begin(), s.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; });
+  }
   const std::string& plain(const std::string& s, const char* key) {
-    const bool bad = s.size() > 320 || std::any_of(s.begin(), s.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; });
-    if (bad && wrong_.empty()) wrong_ = std::string{key} + " is too long or holds control characters";
+    if (!is_plain(s) && wrong_.empty()) wrong_ = std::string{key} + " is too long or holds control characters";
     return s;
   }
   std::string wrong_;
@@ -183,57 +236,59 @@ Expected<WhoisAnswer> read_whois(std::string_view json, const std::optional<Addr
   const Json* n = read.object(*whois, "Node");
   if (n == nullptr) return strange("whois without a Node");
   const Json none = Json::object();
-  const Json* profile = read.object(*whois, "UserProfile");
-  const Json* host = read.object(*n, "Hostinfo");
-  if (profile == nullptr) profile = &none;
-  if (host == nullptr) host = &none;
+  const auto object_or_none = [&none](const Json& of, const char* key) -> const Json& {
+    const auto it = of.find(key);
+    return it != of.end() && it->is_object() ? *it : none;
+  };
+  const Json& profile = object_or_none(*whois, "UserProfile");
+  const Json& host = object_or_none(*n, "Hostinfo");  // the node's own words
 
   WhoisAnswer answer;
   Node& node = answer.node;
   node.id = read.text(*n, "StableID");
-  node.name = read.text(*n, "ComputedName");
-  const std::string full_name = read.text(*n, "Name");
-  if (node.name.empty()) node.name = first_label(full_name);
+  if (node.id.empty()) return strange("whois without StableID");
+  node.name = Reader::said(*n, "ComputedName");
+  if (node.name.empty()) node.name = first_label(Reader::said(*n, "Name"));
+  if (node.name.empty()) node.name = node.id;
   node.tags = read.tags(*n);
-  for (const auto& text : read.texts(*n, "Addresses")) {
-    const auto prefix = Prefix::parse(text);
-    if (!read.expect(prefix.has_value(), "Addresses")) break;
-    if (prefix->length == (prefix->address.v4() ? 32u : 128u)) node.addresses.push_back(prefix->address);
-  }
-  const std::string login_name = read.text(*profile, "LoginName");
-  const std::string key_expiry = read.text(*n, "KeyExpiry");
-  const auto expiry = read_go_time(key_expiry);
-  const bool shared = read.number(*n, "Sharer") != 0 || read.flag(*host, "ShareeNode");
+  for (const auto& text : read.texts(*n, "Addresses"))
+    if (const auto prefix = Prefix::parse(text); prefix && prefix->length == (prefix->address.v4() ? 32u : 128u)) node.addresses.push_back(prefix->address);
+  const std::string login_name = Reader::said(profile, "LoginName");
+  const auto expiry = read_go_time(read.text(*n, "KeyExpiry"));
+  const bool shared = read.number(*n, "Sharer") != 0 || Reader::said_yes(host, "ShareeNode");
   const bool expired = read.flag(*n, "Expired") || (expiry && *expiry <= context.now);
   const bool jailed = read.flag(*n, "IsJailed"), unsigned_peer = read.flag(*n, "UnsignedPeerAPIOnly");
   // Left out where false (tailcfg.Node: omitempty); a network that approves devices lets the others see none of them.
   const bool authorized = read.flag(*n, "MachineAuthorized");
-  if (auto os = lower(read.text(*host, "OS")); !os.empty()) node.attributes.emplace("node:os", std::move(os));
-  if (auto version = read.text(*host, "OSVersion"); !version.empty()) node.attributes.emplace("node:osVersion", std::move(version));
+  if (auto os = lower(Reader::said(host, "OS")); !os.empty()) node.attributes.emplace("node:os", std::move(os));
+  if (auto version = Reader::said(host, "OSVersion"); !version.empty()) node.attributes.emplace("node:osVersion", std::move(version));
   // "1.102.5-t0123abcd-g4567": what follows is the build.
-  if (auto version = read.text(*host, "IPNVersion"); !version.empty()) node.attributes.emplace("node:tsVersion", version.substr(0, version.find('-')));
-  if (!read.wrong().empty()) return strange("whois: " + read.wrong());
-  if (node.id.empty() || node.name.empty()) return strange("whois without StableID or a name");
-  if (asked && std::find(node.addresses.begin(), node.addresses.end(), *asked) == node.addresses.end())
-    return strange("whois of " + asked->text() + " names " + safe_quoted(node.name, 80) + ", whose own address that is not");
+  if (auto version = Reader::said(host, "IPNVersion"); !version.empty()) node.attributes.emplace("node:tsVersion", version.substr(0, version.find('-')));
 
+  // A whole answer about a node. What is wrong with it denies, and ends what the node has: that it cannot be read does not pass by itself.
   const std::string who = "node " + safe_quoted(node.name, 80) + " (" + safe_quoted(node.id, 40) + ") ";
-  if (node.id == context.own_id) return refused(who + "is this machine itself", "This machine cannot log in to itself by its address in the network.");
-  if (expired) return refused(who + "has an expired key", "The key of your machine in the network has expired. Sign in to the network again.");
-  if (jailed) return refused(who + "is jailed", "The network does not let your machine open connections.");
-  if (unsigned_peer) return refused(who + "is not signed by the network's lock", "Your machine is not signed by the network's lock (tailnet lock).");
-  if (!authorized) return refused(who + "is not approved", "Your machine is not approved in the network yet.");
-  if (shared && !context.shared_users) return refused(who + "is shared with another network", "Machines of other networks may not log in here.");
+  const auto deny = [&](std::string doing, std::string user_message) {
+    return refused(who + std::move(doing), std::move(user_message));
+  };
+  if (node.id == context.own_id) return deny("is this machine itself", "This machine cannot log in to itself by its address in the network.");
+  if (expired) return deny("has an expired key", "The key of your machine in the network has expired. Sign in to the network again.");
+  if (jailed) return deny("is jailed", "The network does not let your machine open connections.");
+  if (unsigned_peer) return deny("is not signed by the network's lock", "Your machine is not signed by the network's lock (tailnet lock).");
+  constexpr const char* unreadable = "What the network says of your machine cannot be read.";
+  if (!read.wrong().empty()) return deny("cannot be read: " + read.wrong(), unreadable);
+  if (asked && std::find(node.addresses.begin(), node.addresses.end(), *asked) == node.addresses.end())
+    return strange("whois of " + asked->text() + " names " + who + "whose own address that is not");
+  if (!authorized) return deny("is not approved", "Your machine is not approved in the network yet.");
+  if (shared && !context.shared_users) return deny("is shared with another network", "Machines of other networks may not log in here.");
   if (!node.tagged()) {
-    if (login_name.empty() || login_name == tagged_devices) return strange("whois: " + who + "has neither a user nor tags");
+    if (login_name.empty() || login_name == tagged_devices) return deny("has neither a user nor tags", unreadable);
     node.login = login_of(login_name);
-    if (node.login.empty())
-      return refused(who + "has the user " + safe_quoted(login_name, 80) + ", which no rule can name", "The network's name for your user cannot be used here.");
+    if (node.login.empty()) return deny("has the user " + safe_quoted(login_name, 80) + ", which no rule can name", "The network's name for your user cannot be used here.");
   }
 
   if (const Json* caps = read.object(*whois, "CapMap")) {
     for (const auto& [name, value] : caps->items()) {
-      if (!value.is_array() && !value.is_null()) return strange("whois: the capability " + safe_quoted(name, 80) + " is no array");
+      if (!value.is_array() && !value.is_null()) return deny("has the capability " + safe_quoted(name, 80) + ", which is no array", unreadable);
       std::string text = value.is_null() ? "[]" : value.dump();
       if (text.size() > max_whois_capability_bytes)
         return Unexpected{Error{E2BIG, who + "has more than " + std::to_string(max_whois_capability_bytes) + " bytes of the capability " + safe_quoted(name, 80),
@@ -241,7 +296,7 @@ Expected<WhoisAnswer> read_whois(std::string_view json, const std::optional<Addr
       node.capabilities.emplace(name, std::move(text));
     }
   }
-  if (!read.wrong().empty()) return strange("whois: " + read.wrong());
+  if (!read.wrong().empty()) return deny("cannot be read: " + read.wrong(), unreadable);
   return answer;
 }
 
@@ -271,28 +326,33 @@ Expected<TailscaledStatus> read_status(std::string_view json, bool shared_users)
   if (const Json* all = read.object(*whole, "User")) {
     for (const auto& [id, user] : all->items()) {
       std::int64_t number = 0;
-      if (std::from_chars(id.data(), id.data() + id.size(), number).ec != std::errc{} || !read.expect(user.is_object(), "User")) continue;
-      if (auto login = login_of(read.text(user, "LoginName")); !login.empty()) users.emplace(number, std::move(login));
+      if (std::from_chars(id.data(), id.data() + id.size(), number).ec != std::errc{} || !user.is_object()) continue;
+      if (auto login = login_of(Reader::said(user, "LoginName")); !login.empty()) users.emplace(number, std::move(login));
     }
   }
   std::vector<Node> nodes;
   std::set<std::int64_t> ours, others;  // users
+  // One that cannot be read is no node of the network; the others are.
   const auto take = [&](const Json& peer, bool self) {
-    if (!read.expect(peer.is_object(), "Peer")) return;
+    Reader its;
+    Reader& of = self ? read : its;
+    if (!of.expect(peer.is_object(), "Peer")) return;
     Node node;
-    node.id = read.text(peer, "ID");
-    node.name = first_label(read.text(peer, "DNSName"));
-    if (node.name.empty()) node.name = read.text(peer, "HostName");
-    node.tags = read.tags(peer);
-    for (const auto& text : read.texts(peer, "TailscaleIPs"))
-      if (const auto address = Address::parse(text); read.expect(address.has_value(), "TailscaleIPs")) node.addresses.push_back(*address);
-    const std::int64_t user = read.number(peer, "UserID");
-    const bool shared = read.flag(peer, "ShareeNode") || read.number(peer, "AltSharerUserID") != 0;
+    node.id = of.text(peer, "ID");
+    node.name = first_label(Reader::said(peer, "DNSName"));
+    if (node.name.empty()) node.name = Reader::said(peer, "HostName");
+    node.tags = of.tags(peer);
+    for (const auto& text : of.texts(peer, "TailscaleIPs"))
+      if (const auto address = Address::parse(text); of.expect(address.has_value(), "TailscaleIPs")) node.addresses.push_back(*address);
+    const std::int64_t user = of.number(peer, "UserID");
+    const bool shared = of.flag(peer, "ShareeNode") || of.number(peer, "AltSharerUserID") != 0;
+    const auto expiry = read_go_time(of.text(peer, "KeyExpiry"));
+    if (!of.wrong().empty()) return;
     if (const auto it = users.find(user); it != users.end() && !node.tagged()) node.login = it->second;
     if (self) {
       status.own_id = node.id;
       status.own_addresses = node.addresses;
-    } else if (const auto expiry = read_go_time(read.text(peer, "KeyExpiry"))) {
+    } else if (expiry) {
       status.key_expiries.push_back(*expiry);
     }
     // One of another network, or one that nobody stands for (a user whose name no rule can have): no rule is about it.

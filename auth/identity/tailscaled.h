@@ -13,7 +13,8 @@
 /// What tailscaled's answers mean. Pure: text in, a value or the reason why not out; no sockets, no clock.
 ///
 /// The fields are those of Tailscale's tailcfg.Node, apitype.WhoIsResponse, ipnstate.Status and ipn.Notify. Of them whois and status are called stable
-/// (client/local, 2026-07); the rest is read as narrowly as possible. What is no such answer is Error{EAGAIN}: nothing is known then.
+/// (client/local, 2026-07); the rest is read as narrowly as possible. What is no such answer is Error{EAGAIN}: nothing is known then. A whole
+/// answer about a node that cannot be read denies that node, and no word of a node's own (its name, its operating system) makes an answer unreadable.
 namespace postern::auth::identity {
 
 /// Bounds on what tailscaled says, in bytes.

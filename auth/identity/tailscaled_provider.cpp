@@ -32,6 +32,11 @@ constexpr auto first_retry = 50ms, last_retry = 500ms;
 /// An answer of whois serves who asks for the same address meanwhile: the live connections that are looked at again after a change.
 constexpr auto answers_serve = 1s;
 constexpr std::size_t most_answers = 64 * 1024;
+constexpr auto tell_away_every = 60s;
+/// A tailscaled that gave no network map is asked again without a notice.
+constexpr auto rules_again = 5s;
+/// Of the time in which a look at a large network keeps everything else waiting: it is at most a quarter.
+constexpr int pause_per_look = 3;
 /// From and to which tailscaled's proxy connects (wgengine/netstack).
 const Address proxy_address = *Address::parse("127.0.0.1");
 
@@ -117,7 +122,11 @@ class Tailscaled : public Provider {
 
   void lost(const std::string& why) {
     why_unknown_ = "tailscaled: " + why;
-    if (known_ || first_) spdlog::error("event=tailscaled_away why={}", safe_quoted(why, 400));
+    // Until it is back nothing ends what the network has taken away: that is said again and again.
+    if (const auto now = Clock::now(); known_ || first_ || now - told_away_ >= tell_away_every) {
+      spdlog::error("event=tailscaled_away why={}", safe_quoted(why, 400));
+      told_away_ = now;
+    }
     first_ = false;
     known_ = false;
     new_epoch();
@@ -159,7 +168,7 @@ class Tailscaled : public Provider {
     }
     looking_ = true;
     const auto now = Clock::now();
-    const auto when = std::max(now, last_look_ + least_pause);
+    const auto when = std::max(now, last_look_ + std::max<Clock::duration>(least_pause, look_took_ * pause_per_look));
     if (when <= now) return look();
     look_.expires_at(when);
     look_.async_wait([this, alive = alive_](error_code ec) {
@@ -176,8 +185,11 @@ class Tailscaled : public Provider {
     question.first = true;
     question.answer = [this, n = ++look_number_](Expected<LocalApi::Answer> got) {
       if (n != look_number_ || !looking_) return;
+      const auto begin = Clock::now();
       auto status = got && got->status == 200 ? read_status(got->body, settings_.shared_users)
                                               : Expected<TailscaledStatus>{Unexpected{got ? Error{EAGAIN, "status: " + std::to_string(got->status)} : got.error()}};
+      look_took_ = Clock::now() - begin;
+      last_look_ = begin;
       if (!status) return lost(status.error().doing), bus_.reset();
       next_ = std::move(*status);
       if (!settings_.ssh_policy || !next_.running()) return looked();
@@ -197,25 +209,32 @@ class Tailscaled : public Provider {
         if (!rules && rules.error().code == EAGAIN) return lost(rules.error().doing), bus_.reset();
         ssh_policy_ = std::move(rules);
         looked();
+        if (ssh_policy_) return;
+        rules_time_.expires_after(rules_again);
+        rules_time_.async_wait([this, alive = alive_](error_code ec) {
+          if (!ec && *alive && bus_) look_soon();
+        });
       });
     };
-    // The stream itself may be silent for ever between its lines, and a tailscaled without a map has none to send.
+    const auto none = [end] {
+      end(Unexpected{Error{ENOTSUP, "this tailscaled does not tell the network's ssh rules",
+                           "This server's tailscaled no longer tells it the network's ssh rules; ask the administrator."}});
+    };
+    // The stream itself may be silent for ever between its lines, and a tailscaled that no longer sends its map has none.
     rules_time_.expires_after(settings_.timeout);
-    rules_time_.async_wait([end, alive = alive_](error_code ec) {
-      if (!ec && *alive) end(Unexpected{Error{EAGAIN, "no network map came"}});
+    rules_time_.async_wait([none, alive = alive_](error_code ec) {
+      if (!ec && *alive) none();
     });
     netmap_ = std::make_unique<LineStream>(
         io_, settings_.socket, netmap_target, max_netmap_bytes, settings_.timeout,
         LineStream::Handlers{[] {},
-                             [this, end, done = std::make_shared<bool>(false)](std::string_view line) {
+                             [end, none, done = std::make_shared<bool>(false)](std::string_view line) {
                                if (*done) return;
                                const auto rules = read_ssh_policy(line, true);
                                if (rules && !*rules && line.find("\"NetMap\":{") == std::string_view::npos) return;  // the greeting, before the map
                                *done = true;
                                if (!rules) return end(Unexpected{rules.error()});
-                               if (!*rules)
-                                 return end(Unexpected{Error{ENOTSUP, "this tailscaled does not tell the network's ssh rules",
-                                                             "This server's tailscaled no longer tells it the network's ssh rules; ask the administrator."}});
+                               if (!*rules) return none();
                                end(**rules);
                              },
                              [end](Error error) { end(Unexpected{std::move(error)}); }});
@@ -302,7 +321,8 @@ class Tailscaled : public Provider {
   bool first_ = true;   ///< nothing was heard of it so far
   bool warned_ = false;
   std::chrono::milliseconds pause_ = first_retry;
-  Clock::time_point last_look_{};
+  Clock::time_point last_look_{}, told_away_{};
+  Clock::duration look_took_{};
   std::uint64_t look_number_ = 0;
   bool looking_ = false, look_again_ = false;
 

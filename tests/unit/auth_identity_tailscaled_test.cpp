@@ -47,7 +47,12 @@ TEST_CASE("a tagged node has no user, whatever the profile says", "[auth][identi
     CHECK(a->node.tags == std::vector<std::string>{"tag:a", "tag:z"});
     CHECK(a->node.capabilities.empty());
   }
-  CHECK(read(whois("", R"({"LoginName":"tagged-devices"})")).error().code == EAGAIN);
+  CHECK(read(whois("", R"({"LoginName":"tagged-devices"})")).error().code == EACCES);
+  // Headscale takes tags that no policy can name: no user's node for that.
+  const auto odd = read(whois(R"(,"Tags":["tag:web_server","tag:a,tag:b"])"));
+  REQUIRE(odd);
+  CHECK(odd->node.tags == std::vector<std::string>{"tag:?"});
+  CHECK(odd->node.login.empty());
   const auto headscale = read(whois("", R"({"LoginName":"alice"})"));
   REQUIRE(headscale);
   CHECK(headscale->node.login == "alice@");
@@ -71,16 +76,34 @@ TEST_CASE("a node that the network no longer stands for is refused with a senten
   CHECK(read(whois(R"(,"KeyExpiry":"0001-01-01T00:00:00Z")")));
 }
 
-TEST_CASE("an answer that is not whois's, or another machine's, says nothing", "[auth][identity][tailscaled]") {
+TEST_CASE("what a node says of itself neither hides that it has expired nor makes it unknown", "[auth][identity][tailscaled]") {
+  for (const std::string& said : std::vector<std::string>{R"("1.102.5\u0001")", "7", "null", "[]", '"' + std::string(400, 'x') + '"'}) {
+    for (const char* field : {"\"macOS\"", "\"15.1\"", "\"1.102.5-t0123-g45\"", "\"alice-laptop\""}) {
+      const auto with = [&](const std::string& more) {
+        std::string text = whois(more);
+        return text.replace(text.find(field), std::string_view{field}.size(), said);
+      };
+      const auto good = read(with(""));
+      REQUIRE(good);
+      CHECK(good->node.login == "alice@example.com");
+      CHECK(read(with(R"(,"Expired":true)")).error().code == EACCES);
+    }
+  }
+  std::string odd = whois();
+  const auto host = odd.find(R"("Hostinfo":{)");
+  odd.replace(host, odd.find('}', host) - host + 1, R"("Hostinfo":[1])");
+  CHECK(read(odd));
+}
+
+TEST_CASE("an answer that is not whois's says nothing, and one that is denies what it should not hold", "[auth][identity][tailscaled]") {
   const std::string good = whois();
   for (std::size_t n = 0; n < good.size(); n++) REQUIRE(read(good.substr(0, n)).error().code == EAGAIN);
   CHECK(read(good, "100.64.0.4").error().code == EAGAIN);
-  CHECK(read(whois(R"(,"Tags":"tag:a")")).error().code == EAGAIN);
-  CHECK(read(whois(R"(,"Tags":["a"])")).error().code == EAGAIN);
-  CHECK(read(whois(R"(,"Expired":"no")")).error().code == EAGAIN);
+  CHECK(read(whois(R"(,"Tags":"tag:a")")).error().code == EACCES);
+  CHECK(read(whois(R"(,"Expired":"no")")).error().code == EACCES);
   CHECK(read("[]").error().code == EAGAIN);
   CHECK(read("{}").error().code == EAGAIN);
-  CHECK(read(whois("", R"({"LoginName":"a@b"})", R"({"c":{}})")).error().code == EAGAIN);
+  CHECK(read(whois("", R"({"LoginName":"a@b"})", R"({"c":{}})")).error().code == EACCES);
   CHECK(read(whois("", R"({"LoginName":"a@b"})", "{\"c\":" + std::string(100'000, '[') + std::string(100'000, ']') + "}")).error().code == EAGAIN);
   CHECK(read(whois("", R"({"LoginName":"a@b"})", "{\"c\":[\"" + std::string(max_whois_capability_bytes, 'x') + "\"]}")).error().code == E2BIG);
   // A route of the node's is not the node.
@@ -110,6 +133,18 @@ TEST_CASE("status gives the visible network, without other networks' users", "[a
   CHECK(s->network.users == std::vector<std::string>{"alice@example.com", "bob@example.com"});
   CHECK(s->key_expiries.size() == 1);
   CHECK(read_status(text, true)->network.nodes.size() == 3);
+  // One that cannot be read is not in the network, and the others are.
+  for (const char* peer : {"7", "{}", R"({"ID":7})", R"({"ID":"5","DNSName":"x.","TailscaleIPs":["nowhere"],"UserID":1})", R"({"ID":"5\u0007","TailscaleIPs":[],"UserID":1})"}) {
+    std::string more = text;
+    more.insert(more.find(R"("nodekey:a")"), R"("nodekey:c":)" + std::string{peer} + ",");
+    const auto read = read_status(more, false);
+    REQUIRE(read);
+    CHECK(read->network.nodes.size() == 2);
+  }
+  std::string tagged = text;
+  tagged.insert(tagged.find(R"("nodekey:a")"), R"("nodekey:c":{"ID":"5","DNSName":"ci.lab.","TailscaleIPs":["100.64.0.5"],"UserID":1,"Tags":["tag:web_server"]},)");
+  REQUIRE(read_status(tagged, false));
+  CHECK(read_status(tagged, false)->network.find(*Address::parse("100.64.0.5"))->login.empty());
   CHECK(read_status(text, true)->network.users.size() == 3);
   for (const char* bad : {"", "{}", "[]", R"({"BackendState":"Running"})", R"({"BackendState":"Running","Self":{"ID":7}})"}) CHECK(read_status(bad, false).error().code == EAGAIN);
   const auto stopped = read_status(R"({"BackendState":"NeedsLogin","TUN":false,"Peer":null,"Self":{"TailscaleIPs":["100.64.0.1"]}})", false);
