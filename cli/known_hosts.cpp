@@ -3,12 +3,15 @@
 #include "cli/command.h"
 
 #include "auth/identity/identity.h"
+#include "auth/identity/localapi.h"
+#include "auth/identity/tailscaled.h"
 #include "base/address.h"
-#include "base/log.h"
 
 #include <CLI/CLI.hpp>
 
 #include <boost/asio/io_context.hpp>
+
+#include <nlohmann/json.hpp>
 
 #include <cerrno>
 
@@ -23,9 +26,11 @@
 #include <cctype>
 #include <cstring>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 extern char** environ;
@@ -74,39 +79,67 @@ std::vector<Address> resolve(const std::string& host) {
   return all;
 }
 
-/// The network's nodes, or why it cannot say. Asks once.
-Expected<Network> ask_network(const Options& o) {
-  spdlog::set_level(spdlog::level::off);  // the provider's, for a daemon
-  boost::asio::io_context io;
-  std::unique_ptr<auth::identity::Provider> provider;
-  if (!o.nodes.empty()) {
-    auto made = auth::identity::make_static_provider(o.nodes);
-    if (!made) return Unexpected{Error{EINVAL, made.error().front().text()}};
-    provider = std::move(*made);
-  } else {
-    auth::identity::TailscaledSettings settings;
-    settings.socket = o.socket;
-    settings.timeout = std::chrono::seconds{o.timeout};
-    settings.server = false;
-    provider = auth::identity::make_tailscaled_provider(io, settings);
-  }
-  std::optional<Expected<Done>> ready;
-  provider->start([&](Expected<Done> r) { ready = std::move(r); io.stop(); }, [] {});
-  if (!ready) io.run_for(std::chrono::seconds{o.timeout});
-  if (!ready) return Unexpected{Error{ETIMEDOUT, "no answer within " + std::to_string(o.timeout) + " s"}};
-  if (!*ready) return Unexpected{ready->error()};
-  // Ready it is also without the daemon; then any question fails at once, and says why.
-  std::optional<Error> away;
-  provider->who_is(Endpoint{*Address::parse("127.0.0.1"), 1}, [&](const auto& answer) {
-    if (!answer && answer.error().code == EAGAIN) away = answer.error();
-  });
-  if (away) return Unexpected{*away};
-  return provider->network();
+/// Of tailscaled's status: each node's ID and its name in the network's DNS, whole: "server.example.ts.net".
+std::map<std::string, std::string> dns_names(const std::string& status) {
+  using Json = nlohmann::json;
+  // The whole of it: the library's filter looks through all peers at the end of each, and read_status() has said that it is not nested too deeply.
+  const Json all = Json::parse(status, nullptr, false);
+  std::map<std::string, std::string> names;
+  const auto take = [&](const Json& node) {
+    if (!node.is_object() || !node.contains("ID") || !node["ID"].is_string() || !node.contains("DNSName") || !node["DNSName"].is_string()) return;
+    std::string name = node["DNSName"];
+    if (!name.empty() && name.back() == '.') name.pop_back();
+    names.insert_or_assign(node["ID"], std::move(name));
+  };
+  if (!all.is_object()) return names;
+  if (const auto self = all.find("Self"); self != all.end()) take(*self);
+  if (const auto peers = all.find("Peer"); peers != all.end() && peers->is_object())
+    for (const auto& peer : *peers) take(peer);
+  return names;
 }
 
-bool is_called(const Node& node, const std::string& host) {
-  const auto same = [](char a, char b) { return std::tolower(static_cast<unsigned char>(a)) == std::tolower(static_cast<unsigned char>(b)); };
-  return host.size() >= node.name.size() && std::equal(node.name.begin(), node.name.end(), host.begin(), same) && (host.size() == node.name.size() || host[node.name.size()] == '.');
+/// The network's nodes by their whole names (a Provider of tailscaled has the first label only), or why it cannot say. Asks once.
+Expected<Network> ask_network(const Options& o) {
+  namespace identity = auth::identity;
+  if (!o.nodes.empty()) {
+    auto made = identity::make_static_provider(o.nodes);
+    if (!made) return Unexpected{Error{EINVAL, made.error().front().text()}};
+    return (*made)->network();
+  }
+  boost::asio::io_context io;
+  identity::LocalApi tailscaled{io, o.socket, std::chrono::seconds{o.timeout}};
+  std::optional<Expected<identity::LocalApi::Answer>> got;
+  tailscaled.ask({.target = "/localapi/v0/status", .limit = identity::max_status_bytes, .answer = [&](Expected<identity::LocalApi::Answer> answer) {
+    got = std::move(answer);
+    io.stop();
+  }});
+  io.run();
+  if (!got) return Unexpected{Error{EAGAIN, "tailscaled did not answer"}};
+  if (!*got) return Unexpected{got->error()};
+  if ((*got)->status != 200) return Unexpected{Error{EAGAIN, "tailscaled: status " + std::to_string((*got)->status)}};
+  auto status = identity::read_status((*got)->body, false);
+  if (!status) return Unexpected{status.error()};
+  if (!status->running()) return Unexpected{Error{EAGAIN, "tailscaled is not connected to its network"}};
+  // Then no tunnel leads to the network's addresses from here, but whatever road there is: anybody may answer.
+  if (!status->tun) return Unexpected{Error{ENOTSUP, "tailscaled runs without a TUN device"}};
+  const auto names = dns_names((*got)->body);
+  for (auto& node : status->network.nodes) {
+    // Where the network has no name for it, it would be called what it calls itself (HostName).
+    const auto name = names.find(node.id);
+    node.name = name != names.end() ? name->second : "";
+  }
+  return std::move(status->network);
+}
+
+/// By its whole name, or by its first label alone. With another domain behind that it is somebody else's name: a node may well be called "github".
+bool is_called(const Node& node, std::string host) {
+  if (host.size() > 1 && host.back() == '.' && host.find('.') != host.size() - 1) host.pop_back();  // the same name, as the DNS writes it
+  const auto same = [&host](std::string_view name) {
+    const auto lower = [](char c) { return std::tolower(static_cast<unsigned char>(c)); };
+    return !name.empty() && std::equal(name.begin(), name.end(), host.begin(), host.end(), [&](char a, char b) { return lower(a) == lower(b); });
+  };
+  const std::string_view name{node.name};
+  return same(name) || same(name.substr(0, name.find('.')));
 }
 
 /// What ssh-keyscan(1) prints of one kind of key: "type base64" each line.

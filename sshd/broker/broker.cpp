@@ -198,6 +198,10 @@ void Broker::set_up(std::function<void(Expected<Done>)> ready) {
       fill_pool();
       if (auto opened = open_control(); !opened) return ready(std::move(opened));
       // The zygotes stand before the first listener is open.
+      if (config_.listen.takeover == "nft") {  // before it is set: no change is missed
+        if (auto notices = RulesetWatch::notices()) ruleset_watch_ = std::make_unique<RulesetWatch>(io_, std::move(*notices), [this] { look_at_takeover(); });
+        else spdlog::warn("event=takeover_not_watched why={}", safe_quoted(notices.error().doing, 1000));
+      }
       if (auto opened = update_listeners(true); !opened) return ready(std::move(opened));
       serving_ = true;
       if (config_.policy.watch && config_.policy.has(PolicySource::file)) {
@@ -294,6 +298,15 @@ Expected<Done> Broker::update_listeners(bool first) {
     listen_again_.async_wait([this](error_code ec) { if (!ec && !stopping_) (void)update_listeners(false); });
   }
   return Done{};
+}
+
+void Broker::look_at_takeover() {
+  if (!serving_ || stopping_) return;
+  const auto stands = takeover_.stands();
+  if (!stands) return spdlog::warn("event=takeover_not_known why={}", safe_quoted(stands.error().doing, 1000));
+  if (*stands) return;
+  spdlog::warn("event=takeover_lost table={} why=\"another program removed or changed it; it is set again\"", Takeover::table);
+  (void)update_listeners(false);
 }
 
 Expected<Done> Broker::open_listener(const Wanted& wanted) {
@@ -510,6 +523,7 @@ void Broker::reload() {
     for (const auto& p : nodes.error()) spdlog::error("event=identity_problem kept=old problem={}", safe_quoted(p.text(), 1000));
   if (auto loaded = rules_.load(provider_->network(), false); !loaded)
     spdlog::error("event=policy_kept file={} why={}", safe_quoted(config_.policy.file), safe_quoted(loaded.error().doing, 2000));
+  look_at_takeover();
   judge_again();
 }
 
@@ -625,6 +639,7 @@ void Broker::stop() {
   revoke_pause_.cancel();
   again_.cancel();
   read_again_.cancel();
+  ruleset_watch_.reset();
   if (auto removed = takeover_.set({}); !removed) spdlog::error("event=takeover_not_removed why={}", safe_quoted(removed.error().doing, 1000));
   if (control_) control_->close(ignored);
   if (registrations_) registrations_->close(ignored);

@@ -111,6 +111,8 @@ class Broker {
   std::vector<Wanted> wanted_listeners() const;
   /// Opens what is wanted and not there, closes what is no longer wanted. `first`: what cannot be opened is an error; later it is tried again.
   Expected<Done> update_listeners(bool first);
+  /// Sets the takeover's redirects again when another program took them away.
+  void look_at_takeover();
   Expected<Done> open_listener(const Wanted& wanted);
   Expected<Done> open_control();
   Expected<UniqueFd> local_listener(const std::string& path, int type);
@@ -154,6 +156,7 @@ class Broker {
   std::vector<std::shared_ptr<Listener>> listeners_;
   boost::asio::steady_timer listen_again_, read_again_, again_, revoke_pause_;
   Takeover takeover_;
+  std::unique_ptr<RulesetWatch> ruleset_watch_;
   std::unique_ptr<boost::asio::posix::stream_descriptor> registrations_;
   std::unique_ptr<boost::asio::local::stream_protocol::acceptor> control_;
   boost::asio::steady_timer registrations_pause_, control_pause_;

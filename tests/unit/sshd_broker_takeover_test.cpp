@@ -3,10 +3,19 @@
 #include "sshd/broker/takeover.h"
 #include "temp_dir.h"
 
+#include <boost/asio/io_context.hpp>
+
+#include <sys/socket.h>
 #include <sys/stat.h>
 
+#include <cerrno>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
 
 using namespace postern;
 using namespace postern::sshd::broker;
@@ -21,14 +30,17 @@ TEST_CASE("a takeover redirects these addresses' port and nothing else, and repl
 }
 
 namespace {
-/// A stand-in for nft that keeps what it is told.
+/// A stand-in for nft that keeps what it is told, and for the kernel that it would tell.
 struct Nft : TempDir {
+  std::vector<std::string> kernel{"dnat, handle 2"};
+  std::optional<Error> kernel_fails;
   Nft() { is("cat >" + file("told")); }
   void is(const std::string& command) const {
     std::ofstream{path / "nft"} << "#!/bin/sh\nexec " << command << "\n";
     ::chmod(file("nft").c_str(), 0700);
   }
-  Takeover takeover(std::chrono::milliseconds timeout = std::chrono::seconds{5}) const { return Takeover{file("nft"), timeout, file("takeover")}; }
+  Takeover takeover(std::chrono::milliseconds timeout = std::chrono::seconds{5}) const { return Takeover{file("nft"), timeout, file("takeover"), [this] { return rules(); }}; }
+  Expected<std::vector<std::string>> rules() const { return kernel_fails ? Expected<std::vector<std::string>>{Unexpected{*kernel_fails}} : kernel; }
   bool was_told() const { return std::filesystem::remove(path / "told"); }
 };
 const std::vector<Takeover::Redirect> one{{*Endpoint::parse("100.64.0.1:22", 22), 22022}};
@@ -81,4 +93,90 @@ TEST_CASE("an nft that is not there is named", "[broker][takeover]") {
   const auto set = takeover.set(one);
   REQUIRE_FALSE(set);
   CHECK(set.error().doing.find("/nonexistent/nft") != std::string::npos);
+}
+
+TEST_CASE("a takeover that somebody else took away is noticed, and set again", "[broker][takeover]") {
+  Nft nft;
+  auto takeover = nft.takeover();
+  const auto stands = [&] {
+    const auto s = takeover.stands();
+    return s && *s;
+  };
+  nft.kernel.clear();
+  CHECK(stands());  // nothing was set, nothing is missed
+  nft.kernel = {"dnat, handle 2"};
+  REQUIRE(takeover.set(one));
+  REQUIRE(nft.was_told());
+  CHECK(stands());
+  CHECK(takeover.set(one));
+  CHECK_FALSE(nft.was_told());
+  SECTION("flushed") { nft.kernel.clear(); }
+  SECTION("changed, as a restored ruleset of another day is") { nft.kernel = {"dnat to another address, handle 2"}; }
+  SECTION("with more in it") { nft.kernel.push_back("drop, handle 3"); }
+  CHECK_FALSE(stands());
+  nft.kernel = {"dnat, handle 7"};
+  CHECK(takeover.set(one));
+  CHECK(nft.was_told());
+  CHECK(stands());
+  REQUIRE(takeover.set({}));
+  nft.kernel.clear();
+  CHECK(stands());
+}
+
+TEST_CASE("a takeover that was taken away before it was looked at is noticed as well", "[broker][takeover]") {
+  Nft nft;
+  nft.kernel.clear();
+  auto takeover = nft.takeover();
+  REQUIRE(takeover.set(one));
+  const auto stands = takeover.stands();
+  REQUIRE(stands);
+  CHECK_FALSE(*stands);
+}
+
+TEST_CASE("a kernel that does not tell of a takeover is no reason to set it again", "[broker][takeover]") {
+  Nft nft;
+  auto takeover = nft.takeover();
+  REQUIRE(takeover.set(one));
+  REQUIRE(nft.was_told());
+  nft.kernel_fails = Error{EPERM, "ask"};
+  CHECK_FALSE(takeover.stands());
+  CHECK(takeover.set(one));
+  CHECK_FALSE(nft.was_told());
+}
+
+TEST_CASE("many notices of nftables are one look, soon; the next look waits a little", "[broker][takeover]") {
+  using namespace std::chrono_literals;
+  boost::asio::io_context io;
+  int ends[2];
+  REQUIRE(::socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) == 0);
+  const UniqueFd kernel{ends[1]};
+  const auto notices = [&](int n) {
+    for (int i = 0; i < n; i++) REQUIRE(::send(kernel.get(), "any", 3, 0) == 3);
+  };
+  int looks = 0;
+  auto watch = std::make_unique<RulesetWatch>(io, UniqueFd{ends[0]}, [&] {
+    looks++;
+    io.stop();
+  });
+  const auto run = [&](std::chrono::milliseconds time) {
+    io.restart();
+    const auto begin = std::chrono::steady_clock::now();
+    io.run_for(time);
+    return std::chrono::steady_clock::now() - begin;
+  };
+  run(300ms);
+  CHECK(looks == 0);
+  notices(5);
+  CHECK(run(10s) < 900ms);
+  CHECK(looks == 1);
+  notices(5);
+  CHECK(run(10s) > 500ms);
+  CHECK(looks == 2);
+  run(1500ms);
+  CHECK(looks == 2);
+  notices(1);
+  run(50ms);
+  watch.reset();
+  run(1500ms);
+  CHECK(looks == 2);
 }

@@ -1,7 +1,10 @@
 """How clients come to know this server: its fingerprints, known_hosts lines and SSHFP records, sshd's own keys, and a change of keys."""
+import contextlib
 import json
 import re
+import socketserver
 import subprocess
+import threading
 
 import pytest
 
@@ -227,6 +230,63 @@ def test_known_hosts_names_nodes_only(scannable):
     for bad in ("*", "a,b", "a b", "!x", "[a", "[a]:0x", "[a]:99999", "a\nb", "", "|1|a"):
         r = known_hosts(stack, bad)
         assert (r.returncode, r.stdout) == (0, "") and "is no host" in r.stderr, bad
+
+
+@contextlib.contextmanager
+def tailscaled_that_says(path, status: dict):
+    """A stand-in for its LocalAPI that has this status and answers nothing else."""
+    class Answer(socketserver.StreamRequestHandler):
+        def handle(self):
+            target = self.rfile.readline().split()[1]
+            body = json.dumps(status).encode() if target == b"/localapi/v0/status" else b"no"
+            self.wfile.write(b"HTTP/1.1 %s\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (b"200 OK" if len(body) > 2 else b"404 No", len(body), body))
+
+    with socketserver.ThreadingUnixStreamServer(str(path), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+def with_hosts(stack, *words: str) -> subprocess.CompletedProcess:
+    """A program whose resolver says of the names in stack.dir/hosts what stands there."""
+    return subprocess.run(["unshare", "--mount", "--propagation", "private", "sh", "-c", 'mount --bind "$1" /etc/hosts && shift && exec "$@"', "sh", str(stack.dir / "hosts"), *words],
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30 * SLACK)
+
+
+@pytest.mark.needs_root
+def test_known_hosts_vouches_for_no_name_of_another_domain(scannable):
+    """Whoever has a machine in the network chooses what it is called, and a resolver can be lied to: github.com is not the node "github"."""
+    stack = scannable
+    port = str(stack.port)
+    theirs = ("github", "github.lab.example.com", "GitHub.Lab.Example.com", "github.lab.example.com.")
+    nobodys = ("github.com", "github.lab.example.com.evil.org", "github.lab", "lab.example.com", "github.", "nothing", "calls-itself.org", "calls-itself", "127.1")
+    (stack.dir / "hosts").write_text("".join(f"{stack.server} {name}\n" for name in (*theirs, *nobodys)))
+    key = next(k["line"] for k in keys_of(stack) if k["type"] == "ssh-ed25519")
+    node = {"ID": "2", "HostName": "calls-itself.org", "DNSName": "github.lab.example.com.", "UserID": 1, "TailscaleIPs": [stack.server]}
+    status = {"BackendState": "Running", "TUN": True, "User": {"1": {"LoginName": "mallory@example.com"}}, "Peer": {"k": node},
+              "Self": {"ID": "1", "HostName": "laptop", "DNSName": "laptop.lab.example.com.", "UserID": 1, "TailscaleIPs": ["127.0.0.1"]}}
+
+    def check(source, known, unknown):
+        for name in (*known, stack.server):
+            r = with_hosts(stack, f"{BIN}/postern", "known-hosts", *source, "--port", port, name)
+            assert (r.returncode, r.stdout, r.stderr) == (0, f"{name} {key}\n", ""), (source, name, r)
+        for name in unknown:
+            r = with_hosts(stack, f"{BIN}/postern", "known-hosts", *source, "--port", port, name)
+            assert (r.returncode, r.stdout) == (0, ""), (source, name, r)
+
+    nodes = stack.dir / "names.toml"
+    for name, known in (("github", ("github",)), ("github.lab.example.com", theirs)):
+        nodes.write_text(f'[[node]]\nname = "{name}"\naddresses = ["{stack.server}"]\nuser = "mallory@example.com"\n')
+        check(["--nodes", str(nodes)], known, [n for n in (*theirs, *nobodys) if n not in known and n.lower() not in known])
+    path = stack.dir / "tailscaled.sock"
+    with tailscaled_that_says(path, status):
+        check(["--tailscaled", str(path)], theirs, nobodys)
+        node["DNSName"] = ""  # then it has no name but the one that it gave itself
+        check(["--tailscaled", str(path)], (), (*theirs, *nobodys))
+        node["DNSName"] = "github.lab.example.com."
+        status["TUN"] = False  # no tunnel: anybody may have that address where this machine is
+        r = with_hosts(stack, f"{BIN}/postern", "known-hosts", "--tailscaled", str(path), "--port", port, "github")
+        assert (r.returncode, r.stdout) == (0, "") and "TUN" in r.stderr, r
 
 
 def test_known_hosts_says_that_the_network_cannot_be_asked_and_lets_ssh_go_on(scannable, tmp_path):

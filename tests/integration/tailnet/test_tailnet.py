@@ -277,3 +277,28 @@ def test_beside_sshd_the_tailnet_address_is_ours_and_every_other_is_sshds(beside
     stack.posternd.start()
     assert "postern_takeover" not in rules()
     assert "Postern" not in banner(stack, "alice-laptop", stack.lab.ip("server")), "sshd has it again"
+
+
+def test_a_firewalls_reload_takes_the_takeover_away_for_a_moment_only(beside, tailnet):
+    """`flush ruleset` is the first line of Debian's /etc/nftables.conf: `systemctl reload nftables`."""
+    stack = tailnet
+    stack.configure({"policy": {"source": ["grants"]}, "listen": {"port": 22, "takeover": "nft", "takeover_port": 2222}})
+    stack.posternd.start()
+    nft = lambda *words: subprocess.run([*stack.lab.inside("server"), "nft", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+    ours = lambda: "Postern" in banner(stack, "alice-laptop", stack.lab.ip("server"))
+    before = nft("list", "table", "inet", "postern_takeover")
+    assert before.count("dnat") >= 2 and ours()
+    # What is none of ours is no reason for anything, our own table least of all.
+    since = stack.posternd.log_size()
+    nft("add", "table", "inet", "somebodys")
+    for how in (["flush", "ruleset"], ["delete", "table", "inet", "postern_takeover"], ["flush", "table", "inet", "postern_takeover"]):
+        assert "takeover_lost" not in stack.posternd.log(since)
+        nft(*how)
+        stack.posternd.wait_log("event=takeover_lost", since=since, seconds=5)
+        wait_until(ours, f"the tailnet's port 22 is ours again after nft {' '.join(how)}", 5, every=0.2)
+        assert nft("list", "table", "inet", "postern_takeover") == before
+        assert gets_in(stack, "alice-laptop")
+        since = stack.posternd.log_size()
+    # The next stop takes the table with it, and nobody brings it back.
+    stack.posternd.stop()
+    assert "postern_takeover" not in nft("list", "ruleset")
