@@ -22,6 +22,8 @@ class Address {
   bool v4() const noexcept { return v4_; }
   /// Network order; IPv4 uses the first 4 bytes.
   const std::array<std::uint8_t, 16>& bytes() const noexcept { return bytes_; }
+  /// 0.0.0.0 or ::, which stand for any address of this machine.
+  bool is_unspecified() const noexcept { return bytes_ == std::array<std::uint8_t, 16>{}; }
   std::string text() const;
   auto operator<=>(const Address&) const = default;  ///< IPv4 before IPv6, then numerically
 

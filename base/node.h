@@ -25,6 +25,7 @@ struct Node {
   std::map<std::string, Attribute> attributes = {};
   /// App capabilities that this node has at us (whois's CapMap): name -> JSON text of the array.
   std::map<std::string, std::string> capabilities = {};
+  bool shared = false;  ///< of another network, whose user shared it into this one: no member here
 
   bool tagged() const noexcept { return !tags.empty(); }
 };

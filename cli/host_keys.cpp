@@ -8,7 +8,10 @@
 
 #include <sodium.h>
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstring>
 #include <iostream>
 #include <optional>
 #include <string>
@@ -53,7 +56,8 @@ std::string host_pattern(const std::string& name, unsigned port) { return port =
 struct Server {
   std::vector<Key> keys;
   std::vector<std::string> names;  ///< of the network, without addresses
-  std::vector<Endpoint> listening;
+  std::vector<Endpoint> dialled;   ///< what clients connect to
+  std::vector<unsigned> ports;
 };
 
 Server ask_server(const std::string& socket) {
@@ -64,9 +68,14 @@ Server ask_server(const std::string& socket) {
   }
   Server server;
   for (const auto& k : (*answer)["host_keys"]) server.keys.push_back({k["line"], k["fingerprint"], k["use"], k["bits"]});
-  for (const auto& e : (*answer)["listening"])
-    if (const auto endpoint = Endpoint::parse(e.get<std::string>(), 22)) server.listening.push_back(*endpoint);
+  for (const auto& e : (*answer)["dialled"])
+    if (const auto endpoint = Endpoint::parse(e.get<std::string>(), 22)) server.dialled.push_back(*endpoint);
   for (const auto& n : (*answer)["names"]) server.names.push_back(n);
+  for (const auto& e : server.dialled) server.ports.push_back(e.port);
+  if (server.dialled.empty())  // on any address, and the network does not say which there are
+    for (const auto& e : (*answer)["listening"])
+      if (const auto endpoint = Endpoint::parse(e.get<std::string>(), 22)) server.ports.push_back(endpoint->port);
+  if (char host[256]; server.names.empty() && ::gethostname(host, sizeof host) == 0) server.names.emplace_back(host, ::strnlen(host, sizeof host));
   return server;
 }
 
@@ -77,8 +86,8 @@ std::string patterns(const Server& server, const std::vector<std::string>& names
     if (std::find(all.begin(), all.end(), pattern) == all.end()) all.push_back(std::move(pattern));
   };
   for (const auto& name : names)
-    for (const auto& e : server.listening) add(host_pattern(name, e.port));
-  for (const auto& e : server.listening) add(host_pattern(e.address.text(), e.port));
+    for (const auto port : server.ports) add(host_pattern(name, port));
+  for (const auto& e : server.dialled) add(host_pattern(e.address.text(), e.port));
   std::string text;
   for (const auto& p : all) text += (text.empty() ? "" : ",") + p;
   return text;

@@ -5,6 +5,8 @@
 
 #include <boost/asio/io_context.hpp>
 
+#include <sys/types.h>
+
 #include <cerrno>
 #include <chrono>
 #include <functional>
@@ -36,6 +38,10 @@ class Provider {
   }
   /// `peer`: the kernel's, with the port, which counts only where a daemon passes connections on from its own address (userspace networking).
   virtual void who_is(const Endpoint& peer, Answer answer) = 0;
+  /// Peers come from this machine's own address, by a proxy (userspace networking): only connections of the user who runs it are peers' at all, since any
+  /// user of this machine can have the same port to another destination. Nothing: its user is not known now.
+  virtual bool behind_proxy() const { return false; }
+  virtual std::optional<uid_t> proxy_user() const { return {}; }
   /// What the provider knows of the network now. Valid until the next reload() or change.
   virtual const Network& network() const = 0;
   /// The addresses that the network gave this machine, to listen on; empty where the provider does not know.

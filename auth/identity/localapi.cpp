@@ -107,6 +107,13 @@ class Response {
   std::string rest_;
 };
 
+std::optional<uid_t> user_at_other_end(int socket) {
+  ucred other{};
+  socklen_t size = sizeof other;
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &other, &size) != 0) return std::nullopt;
+  return other.uid;
+}
+
 std::optional<asio::local::stream_protocol::endpoint> endpoint_of(const std::string& socket) {
   if (socket.empty() || socket.size() >= sizeof(sockaddr_un::sun_path)) return std::nullopt;
   return asio::local::stream_protocol::endpoint{socket};
@@ -153,6 +160,7 @@ class LocalApi::Connection : public std::enable_shared_from_this<LocalApi::Conne
       if (self->owner_ == nullptr || self->number_ != n || !self->question_) return;
       if (ec) return self->fail(ec.message());
       self->connected_ = true;
+      self->owner_->peer_user_ = user_at_other_end(self->socket_.native_handle());
       self->read();
       self->send();
     });

@@ -5,11 +5,14 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
 
+#include <sys/types.h>
+
 #include <chrono>
 #include <cstddef>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -48,6 +51,8 @@ class LocalApi {
 
   /// May call back only after it returned.
   void ask(Question question);
+  /// The user of the process that listens there (SO_PEERCRED, unix(7)), as of the last connection.
+  std::optional<uid_t> peer_user() const { return peer_user_; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -69,6 +74,7 @@ class LocalApi {
   std::deque<Waiting> waiting_;
   std::vector<std::shared_ptr<Connection>> connections_;
   Clock::time_point last_answer_{};
+  std::optional<uid_t> peer_user_;
   boost::asio::steady_timer sweep_timer_;
   std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };

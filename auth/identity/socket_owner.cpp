@@ -82,8 +82,8 @@ Expected<Owner> owner_in(std::span<const std::byte> datagram, const Endpoint& lo
   if (body.size() < sizeof socket) return Unexpected{wrong("too short")};
   std::memcpy(&socket, body.data(), sizeof socket);
   // Without such a connection the look-up goes on to who listens at `local` (__inet_lookup()), and that is somebody else.
-  if (endpoint(socket.idiag_family, socket.id.idiag_src, socket.id.idiag_sport) != local || endpoint(socket.idiag_family, socket.id.idiag_dst, socket.id.idiag_dport) != remote)
-    return Owner{};
+  const auto& id = socket.id;
+  if (endpoint(socket.idiag_family, id.idiag_src, id.idiag_sport) != local || endpoint(socket.idiag_family, id.idiag_dst, id.idiag_dport) != remote) return Owner{};
   switch (socket.idiag_state) {
     case TCP_ESTABLISHED:
     case TCP_CLOSE_WAIT:

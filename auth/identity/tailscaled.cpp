@@ -256,6 +256,7 @@ Expected<WhoisAnswer> read_whois(std::string_view json, const std::optional<Addr
   const std::string login_name = Reader::said(profile, "LoginName");
   const auto expiry = read_go_time(read.text(*n, "KeyExpiry"));
   const bool shared = read.number(*n, "Sharer") != 0 || Reader::said_yes(host, "ShareeNode");
+  node.shared = shared;
   const bool expired = read.flag(*n, "Expired") || (expiry && *expiry <= context.now);
   const bool jailed = read.flag(*n, "IsJailed"), unsigned_peer = read.flag(*n, "UnsignedPeerAPIOnly");
   // Left out where false (tailcfg.Node: omitempty); a network that approves devices lets the others see none of them.
@@ -355,6 +356,7 @@ Expected<TailscaledStatus> read_status(std::string_view json, bool shared_users)
     } else if (expiry) {
       status.key_expiries.push_back(*expiry);
     }
+    node.shared = shared;
     // One of another network, or one that nobody stands for (a user whose name no rule can have): no rule is about it.
     const bool foreign = shared && !shared_users;
     if (!node.tagged()) (foreign ? others : ours).insert(user);

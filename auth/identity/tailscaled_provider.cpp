@@ -73,6 +73,8 @@ class Tailscaled : public Provider {
     api_.ask(std::move(question));
   }
 
+  bool behind_proxy() const override { return !status_.tun; }
+  std::optional<uid_t> proxy_user() const override { return api_.peer_user(); }
   const Network& network() const override { return status_.network; }
   std::vector<Address> own_addresses() const override { return status_.own_addresses; }
   Expected<std::string> ssh_policy() const override { return ssh_policy_; }

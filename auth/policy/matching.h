@@ -11,14 +11,17 @@
 // are of one opinion is tested over generated policies.
 namespace postern::auth::policy {
 
-inline bool is_member(const Node& node) noexcept { return !node.tagged() && !node.login.empty(); }
+/// Has a user, of this network or of another.
+inline bool has_user(const Node& node) noexcept { return !node.tagged() && !node.login.empty(); }
+/// autogroup:member: "users who are direct members of the tailnet" (tailscale.com/kb/1396).
+inline bool is_member(const Node& node) noexcept { return has_user(node) && !node.shared; }
 
 /// A login's parts: "alice@example.com" -> "example.com", "alice".
 inline std::string_view domain_of(std::string_view login) { return login.substr(std::min(login.size(), login.find('@') + 1)); }
 inline std::string_view localpart_of(std::string_view login) { return login.substr(0, login.find('@')); }
 
 /// The user's own devices. Neither end may be tagged: who tags a device gives it away.
-inline bool same_user(const Node& a, const Node& b) noexcept { return is_member(a) && is_member(b) && a.login == b.login; }
+inline bool same_user(const Node& a, const Node& b) noexcept { return has_user(a) && has_user(b) && a.login == b.login; }
 
 /// `addresses`: those of `node` that a rule's prefixes are held against. `own`: the other end is a device of the same user.
 bool takes(const Compiled& policy, const Principal& principal, const Node& node, std::span<const Address> addresses, bool own);
@@ -33,8 +36,8 @@ RuleSet rules_for(const Compiled& policy, const Side& side, std::size_t rules, c
     side.tagged.add_to(set, is_open);
     for (const auto& tag : node.tags)
       if (const auto it = side.tags.find(tag); it != side.tags.end()) it->second.add_to(set, is_open);
-  } else if (is_member(node)) {
-    side.member.add_to(set, is_open);
+  } else if (has_user(node)) {
+    if (!node.shared) side.member.add_to(set, is_open);
     if (own) side.self.add_to(set, is_open);
     if (const auto it = side.users.find(node.login); it != side.users.end()) it->second.add_to(set, is_open);
     if (const auto it = side.domains.find(domain_of(node.login)); it != side.domains.end()) it->second.add_to(set, is_open);

@@ -184,7 +184,7 @@ Verdict Policy::decide(const Network& network, const Question& question, bool re
   if (const auto it = policy.ssh_users.find(question.ssh_user); it != policy.ssh_users.end()) it->second.add_to(users);
   if (question.ssh_user != "root" && question.uid.value_or(1) != 0) {  // matching.cpp, user_by()
     if (mappable) policy.ssh_nonroot.add_to(users);
-    if (mappable && is_member(source) && localpart_of(source.login) == question.ssh_user)
+    if (mappable && has_user(source) && localpart_of(source.login) == question.ssh_user)
       if (const auto it = policy.ssh_localparts.find(domain_of(source.login)); it != policy.ssh_localparts.end()) it->second.add_to(users);
   }
   bool any_met = false;

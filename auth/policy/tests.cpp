@@ -132,7 +132,7 @@ Named nodes_named(const Compiled& policy, const Network& network, std::string_vi
   } else if (text == "autogroup:tagged") {
     take([](const Node& n) { return n.tagged(); });
   } else if (is_login(text)) {
-    take([&](const Node& n) { return is_member(n) && n.login == text; });
+    take([&](const Node& n) { return has_user(n) && n.login == text; });
   } else {
     out.problem = json_quoted(text) + " is no user, group, tag, host or address";
   }

@@ -1,5 +1,6 @@
 #include "sshd/broker/broker.h"
 
+#include "auth/identity/socket_owner.h"
 #include "auth/policy/network_file.h"
 #include "base/log.h"
 #include "sshd/broker/connection.h"
@@ -49,6 +50,7 @@ constexpr double revoked_per_second = 1200;
 constexpr std::chrono::milliseconds clear_up_after{1000}, clear_up_time{4};
 constexpr auto revoke_pause = 5ms;
 constexpr auto listen_again_after = 2s;
+constexpr std::chrono::milliseconds socket_owner_time{100};
 constexpr auto ask_again_after = 1s, read_again_after = 1s;
 constexpr std::size_t largest_control_request = 4096;
 constexpr int listen_backlog = 1024;
@@ -204,6 +206,7 @@ void Broker::set_up(std::function<void(Expected<Done>)> ready) {
       }
       if (auto opened = update_listeners(true); !opened) return ready(std::move(opened));
       serving_ = true;
+      clock_watch_ = std::make_unique<ClockWatch>(io_, [this] { clock_changed(); });
       if (config_.policy.watch && config_.policy.has(PolicySource::file)) {
         policy_watch_ = std::make_unique<FileWatch>(io_, config_.policy.file, [this] { policy_file_changed(); });
         policy_file_changed();  // since it was read, before the zygotes started
@@ -350,7 +353,7 @@ void Broker::accept_clients(const std::shared_ptr<Listener>& listener) {
     for (int i = 0; i < 32; i++) {
       const int fd = ::accept4(listener->socket.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
       if (fd >= 0) {
-        accepted(fd);
+        accepted(fd, listener->wanted.dialled.port);
         continue;
       }
       if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
@@ -382,20 +385,23 @@ void Broker::set_patience(int fd) const {
 
 void Broker::turn_away(UniqueFd client, std::string_view reason) { turned_away_.add(std::move(client), refusal(config_.ssh.version_string, reason)); }
 
-void Broker::accepted(int raw) {
+void Broker::accepted(int raw, std::uint16_t dialled_port) {
   UniqueFd fd{raw};
   sockaddr_storage s{};
   socklen_t length = sizeof s;
   if (::getpeername(fd.get(), reinterpret_cast<sockaddr*>(&s), &length) != 0) return;  // gone already
   const auto peer = to_endpoint(s);
-  const auto local = local_end(fd.get());
+  auto local = local_end(fd.get());
   if (!peer || !local) return;
+  const bool known_proxy = is_networks_own(fd.get(), *peer, *local);
+  if (dialled_port != 0) local->port = dialled_port;  // behind a redirect clients know that one
   const auto now = std::chrono::steady_clock::now();
   const auto refuse = [&](const char* why, std::string_view text) {
-    if (const auto left_out = refusals_logged_.pass(now)) spdlog::warn("event=connection_refused peer={} why={} left_out={}", peer->text(), why, *left_out), audit_.tell("refused", {{"verdict", "deny"}, {"peer", peer->text()}, {"why", why}});
+    if (const auto left_out = refusals_logged_.pass(now)) spdlog::warn("event=connection_refused peer={} why={} left_out={}", peer->text(), why, *left_out), audit_.tell("refused", {{"verdict", "deny"}, {"peer", peer->text()}, {"server", local->text()}, {"why", why}, {"left_out", *left_out == 0 ? "" : std::to_string(*left_out)}});
     turn_away(std::move(fd), text);
   };
   const std::string source = source_of(self(peer->address), peer->address);
+  if (!known_proxy) return refuse("not_the_networks_proxy", "this network does not know " + peer->address.text());
   if (penalties_.refused(source, now)) return refuse("penalty", "too many failed attempts from here; try again later");
   if (unauthenticated_in_all_ >= config_.limits.unauthenticated_connections) return refuse("unauthenticated_connections", "too many connections are logging in; try again later");
   if (const auto it = unauthenticated_.find(source);
@@ -415,12 +421,39 @@ void Broker::accepted(int raw) {
 
 void Broker::punish(const Address& peer, const std::string& source, Offence offence) {
   const auto& exempt = config_.limits.penalty_exempt;
-  // From this machine itself: all peers, where the network is behind a proxy (userspace networking).
+  // From this machine itself: also a peer whom a proxy stands for (userspace networking) and of whom it is not known yet who it is.
   const auto own = provider_->own_addresses();
-  if (std::find(own.begin(), own.end(), peer) != own.end()) return;
+  if (std::find(own.begin(), own.end(), peer) != own.end() && source == source_of(self(peer), peer)) return;
   if (std::any_of(exempt.begin(), exempt.end(), [&](const Prefix& p) { return p.contains(peer); })) return;
   if (const auto refused = penalties_.add(source, offence, std::chrono::steady_clock::now()))
     spdlog::warn("event=penalty peer={} source={} why={} seconds={}", peer.text(), safe_quoted(source), name_of(offence), std::chrono::ceil<std::chrono::seconds>(*refused).count());
+}
+
+bool Broker::is_networks_own(int fd, const Endpoint& peer, const Endpoint& local) const {
+  if (!provider_->behind_proxy()) return true;
+  const auto own = provider_->own_addresses();
+  if (std::find(own.begin(), own.end(), peer.address) == own.end()) return true;  // the provider says that it is a stranger
+  const auto user = provider_->proxy_user();
+  const auto owner = auth::identity::socket_owner(peer, local, socket_owner_time);
+  if (!owner) spdlog::warn("event=peer_not_told why={}", safe_quoted(owner.error().doing, 400));
+  // Last: as long as our end is connected nobody else can be at the other (one bound to an interface could have taken its place).
+  tcp_info info{};
+  socklen_t size = sizeof info;
+  return user && owner && *owner && **owner == *user && ::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 && info.tcpi_state == TCP_ESTABLISHED;
+}
+
+bool Broker::count_as(std::string& counted, const Node& node, const Address& peer) {
+  const std::string source = source_of(&node, peer);
+  if (source == counted) return true;
+  const auto now = std::chrono::steady_clock::now();
+  const auto it = unauthenticated_.find(source);
+  const bool full = it != unauthenticated_.end() && it->second >= config_.limits.unauthenticated_connections_per_source;
+  if (full || penalties_.refused(source, now)) return false;
+  no_longer_unauthenticated(counted);
+  counted = source;
+  unauthenticated_[source]++;
+  unauthenticated_in_all_++;
+  return true;
 }
 
 void Broker::no_longer_unauthenticated(const std::string& source) {
@@ -548,6 +581,13 @@ void Broker::network_changed() {
   judge_again();
 }
 
+void Broker::clock_changed() {
+  if (stopping_) return;
+  spdlog::info("event=clock_changed");
+  (void)provider_->reload();  // what it kept of before may have expired
+  judge_again();
+}
+
 void Broker::judge_again() {
   generation_++;
   wait_for_expiry();
@@ -558,18 +598,24 @@ void Broker::wait_for_expiry() {
   expiry_.cancel();
   const auto when = rules_.next_expiry(*provider_);
   if (!when) return;
-  // Timers of a steady clock; a step of the wall clock is met by the hourly look.
+  // A timer of a steady clock; a step of the wall clock is met by clock_changed(), where it cannot be watched by the hourly look.
   const auto left = std::min<std::chrono::system_clock::duration>(*when - std::chrono::system_clock::now(), 1h);
   expiry_.expires_after(std::max<std::chrono::system_clock::duration>(left, 0ms) + 1ms);
   expiry_.async_wait([this](error_code ec) { if (!ec && !stopping_) judge_again(); });
 }
 
 void Broker::re_evaluate() {
+  decltype(to_ask_again_) all;
+  for (const auto& [key, c] : connections_) all.emplace(c.get(), c);
+  re_evaluate(all);
+}
+
+void Broker::re_evaluate(const std::unordered_map<const Connection*, std::weak_ptr<Connection>>& some) {
   // Who waits keeps its place: changes that come faster than all can be looked at would else reach the first ones only.
   std::unordered_set<const Connection*> waiting;
   for (const auto& c : to_re_evaluate_) waiting.insert(c.lock().get());
-  for (const auto& [_, c] : connections_)
-    if (!waiting.contains(c.get())) to_re_evaluate_.push_back(c);
+  for (const auto& [key, c] : some)
+    if (!waiting.contains(key)) to_re_evaluate_.push_back(c);
   if (std::exchange(re_evaluating_, true)) return;
   re_evaluate_some();
 }
@@ -585,15 +631,14 @@ void Broker::re_evaluate_some() {
 }
 
 void Broker::ask_again(const std::shared_ptr<Connection>& connection) {
-  to_ask_again_.push_back(connection);
+  to_ask_again_.emplace(connection.get(), connection);  // once, however often it could not be judged meanwhile
   if (to_ask_again_.size() > 1) return;
   again_.expires_after(ask_again_after);
   again_.async_wait([this](error_code ec) {
     const auto all = std::exchange(to_ask_again_, {});
     if (ec || stopping_) return;
     spdlog::debug("event=asking_again connections={}", all.size());
-    to_re_evaluate_.insert(to_re_evaluate_.end(), all.begin(), all.end());
-    if (!std::exchange(re_evaluating_, true)) re_evaluate_some();
+    re_evaluate(all);
   });
 }
 
@@ -640,6 +685,7 @@ void Broker::stop() {
   again_.cancel();
   read_again_.cancel();
   ruleset_watch_.reset();
+  clock_watch_.reset();
   if (auto removed = takeover_.set({}); !removed) spdlog::error("event=takeover_not_removed why={}", safe_quoted(removed.error().doing, 1000));
   if (control_) control_->close(ignored);
   if (registrations_) registrations_->close(ignored);
@@ -797,8 +843,15 @@ std::string Broker::answer_control(const std::string& request) {
   const std::string command = q["command"];
   const auto text = [](std::string_view s) { return std::string{s}; };
   if (command == "status") {
-    json listening_list = json::array();
+    json listening_list = json::array(), dialled = json::array();
     for (const auto& e : listening()) listening_list.push_back(e.text());
+    // What clients connect to: before a redirect, and one by one what "any address" stands for.
+    for (const auto& l : listeners_) {
+      const Endpoint at{l->wanted.dialled.address, l->wanted.dialled.port != 0 ? l->wanted.dialled.port : l->endpoint.port};
+      if (!at.address.is_unspecified()) dialled.push_back(at.text());
+      else
+        for (const auto& address : provider_->own_addresses()) dialled.push_back(Endpoint{address, at.port}.text());
+    }
     json keys = json::array();
     static constexpr const char* uses[] = {"offered", "announced", "retired"};
     for (std::size_t i = 0; i < keys_->count(); i++)
@@ -807,7 +860,7 @@ std::string Broker::answer_control(const std::string& request) {
     json names = json::array();  // ours in the network
     for (const auto& e : listening())
       if (const Node* const node = self(e.address); node != nullptr && std::find(names.begin(), names.end(), node->name) == names.end()) names.push_back(node->name);
-    return json{{"version", POSTERN_VERSION}, {"pid", ::getpid()}, {"listening", listening_list}, {"names", names}, {"policy_version", rules_.version()},
+    return json{{"version", POSTERN_VERSION}, {"pid", ::getpid()}, {"listening", listening_list}, {"dialled", dialled}, {"names", names}, {"policy_version", rules_.version()},
                 {"connections", connections_.size()}, {"unauthenticated", unauthenticated_in_all_}, {"warm_workers", pool_.size()}, {"host_keys", keys}}
         .dump();
   }

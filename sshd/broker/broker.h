@@ -4,6 +4,7 @@
 #include "base/id.h"
 #include "sshd/broker/audit.h"
 #include "sshd/broker/config.h"
+#include "base/clock_watch.h"
 #include "base/file_watch.h"
 #include "sshd/broker/host_keys.h"
 #include "sshd/broker/penalties.h"
@@ -27,6 +28,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace postern::sshd::broker {
@@ -83,6 +85,8 @@ class Broker {
     std::unique_ptr<LocalSocket> socket;
     std::uint64_t token = 0;
   };
+  /// Who it is, is known: from now on it counts as that (`counted`, so far). False: that one has too many connections already, or a penalty.
+  bool count_as(std::string& counted, const Node& node, const Address& peer);
   void no_longer_unauthenticated(const std::string& source);
   /// A client that was not let in did this: its source, when it is not exempt, may have to stay away for a while.
   void punish(const Address& peer, const std::string& source, Offence offence);
@@ -95,6 +99,7 @@ class Broker {
   void set_up(std::function<void(Expected<Done>)> ready);
   /// The provider may answer something else than before.
   void network_changed();
+  void clock_changed();
   void policy_file_changed();
   /// Everything that was decided may be another decision now.
   void judge_again();
@@ -117,7 +122,10 @@ class Broker {
   Expected<Done> open_control();
   Expected<UniqueFd> local_listener(const std::string& path, int type);
   void accept_clients(const std::shared_ptr<Listener>& listener);
-  void accepted(int fd);
+  /// `dialled_port`: that clients use, 0 = the socket's own.
+  void accepted(int fd, std::uint16_t dialled_port);
+  /// False: it comes from this machine, and not from the proxy that stands for the network's peers here (userspace networking).
+  bool is_networks_own(int fd, const Endpoint& peer, const Endpoint& local) const;
   void accept_control();
   void accept_registrations();
   void registration(UniqueFd socket);
@@ -127,6 +135,7 @@ class Broker {
   std::shared_ptr<Connection> next_in_line();
   void worker_died(std::uint64_t token, int wait_status);
   void re_evaluate();
+  void re_evaluate(const std::unordered_map<const Connection*, std::weak_ptr<Connection>>& some);
   void re_evaluate_some();
   void cut_off_later();
   void cut_off_some();
@@ -145,6 +154,7 @@ class Broker {
   Rules rules_;
   Audit audit_;
   std::unique_ptr<FileWatch> policy_watch_;
+  std::unique_ptr<ClockWatch> clock_watch_;
   boost::asio::steady_timer expiry_;
   std::uint64_t generation_ = 0;
   bool serving_ = false;  ///< the listeners are open
@@ -178,7 +188,7 @@ class Broker {
     std::weak_ptr<Connection> connection;
     std::string why;
   };
-  std::deque<std::weak_ptr<Connection>> to_ask_again_;  ///< not empty: again_ runs
+  std::unordered_map<const Connection*, std::weak_ptr<Connection>> to_ask_again_;  ///< not empty: again_ runs
   std::deque<CutOff> to_cut_off_;
   bool cutting_off_ = false;
   double revoke_tokens_ = 0;

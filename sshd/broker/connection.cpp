@@ -122,7 +122,7 @@ void Connection::identified(Expected<std::optional<Node>> answer) {
     const bool known = answer.error().code != EAGAIN;
     spdlog::warn("event=login verdict=deny connection={} peer={} why={} detail={}", id_, peer_.address.text(), known ? "identity_refused" : "identity_unavailable",
                  safe_quoted(answer.error().doing));
-    tell("login", "deny", known ? "identity_refused" : "identity_unavailable");
+    tell("login", "deny", known ? "identity_refused" : "identity_unavailable", answer.error().doing);
     if (known) punish(Offence::auth_failed);
     return refuse_unidentified(sentence_of(answer.error()));
   }
@@ -133,6 +133,11 @@ void Connection::identified(Expected<std::optional<Node>> answer) {
     return refuse_unidentified("this network does not know " + peer_.address.text());
   }
   source_ = std::move(**answer);
+  if (!broker_.count_as(counted_as_, source_, peer_.address)) {
+    spdlog::warn("event=connection_refused peer={} node={} why=too_many_or_penalty", peer_.text(), safe_quoted(source_.name));
+    tell("login", "deny", "too_many_connections_or_penalty");
+    return refuse_unidentified("too many connections or failed attempts from here; try again later");
+  }
   if (broker_.self(local_.address) == nullptr) {
     spdlog::error("event=login verdict=deny connection={} why=server_address_unknown server={}", id_, local_.address.text());
     tell("login", "deny", "server_address_unknown");
@@ -234,6 +239,7 @@ void Connection::on_net(Message message) {
     ssh_user_ = ask->ssh_user.get();
     if (ssh_user_.empty()) ssh_user_ = std::string(1, '\0');  // asked and answered
     client_version_ = ask->client_version.get();
+    generation_ = never;  // asked once more in any case: whoever stood for this peer may have gone since, which changes nothing else
     return when_still_the_same([self = shared_from_this()] { self->login(); });
   }
   break_off("net sent message " + std::to_string(message.type) + " out of order");
@@ -656,12 +662,13 @@ void Connection::uncount() {
 
 void Connection::punish(Offence offence) { broker_.punish(peer_.address, counted_as_, offence); }
 
-void Connection::tell(const char* event, const char* verdict, const std::string& why) {
+void Connection::tell(const char* event, const char* verdict, const std::string& why, const std::string& detail) {
   const auto text = [](const auto& fact) { return std::string{fact.get()}; };
   const bool sealed = granted_;  // then the facts say it, also for a session of an earlier broker
   const std::string ssh_user = ssh_user_ == std::string(1, '\0') ? std::string{} : ssh_user_;
   broker_.audit().tell(event, {{"verdict", verdict},
                                {"why", why},
+                               {"detail", detail},
                                {"connection", id_},
                                {"peer", peer_.text()},
                                {"server", local_.text()},

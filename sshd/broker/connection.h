@@ -78,7 +78,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   void uncount();
   void punish(Offence offence);
   /// What was decided of this connection, for the audit.
-  void tell(const char* event, const char* verdict, const std::string& why);
+  void tell(const char* event, const char* verdict, const std::string& why, const std::string& detail = "");
   void over();
   /// True when `decision` lets the peer in (then in `verdict_`) and its rules (then in `rules_`) can be obeyed; else it was denied.
   bool let_in(Rules::Decision decision);
@@ -106,6 +106,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool session_answered_ = false;  ///< said ready, or that PAM refuses
   bool session_ready_ = false;
   unsigned notes_ = 0;
+  static constexpr std::uint64_t never = ~std::uint64_t{0};
   std::uint64_t generation_ = 0;  ///< Broker::generation() when the peer was identified
   std::string cgroup_;            ///< the one below which the session made its leaf
   std::uint32_t channels_ = 0;
