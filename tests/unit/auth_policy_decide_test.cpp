@@ -463,3 +463,15 @@ TEST_CASE("10,000 rules, 1,000 groups and 5,000 nodes load and decide fast", "[a
   CHECK(times[times.size() * 99 / 100] < 5000.0);
 #endif
 }
+
+TEST_CASE("a user of another network is let in by a rule with the name, and is no member of this one", "[policy][decide]") {
+  const auto outcome = [](const std::string& src, bool shared) {
+    const auto policy = with_rules(rule(src, "tag:server", "ubuntu"));
+    Node guest = node("alice-laptop");
+    guest.shared = shared;
+    return policy.decide(network, {guest, guest.addresses.front(), node("server"), "ubuntu", std::nullopt}).outcome;
+  };
+  for (const char* src : {"autogroup:member", "alice@example.com"}) CHECK(outcome(src, false) == Outcome::accept);
+  CHECK(outcome("alice@example.com", true) == Outcome::accept);
+  CHECK(outcome("autogroup:member", true) != Outcome::accept);
+}

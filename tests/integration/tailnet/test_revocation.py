@@ -122,6 +122,27 @@ def test_a_change_of_tags_cuts_what_the_old_tag_allowed(tailnet):
     wait_until(lambda: stack.ssh_from("ci", "true", user=stack.other).returncode == 0, "its tag is back", 15, every=0.3)
 
 
+def test_a_tag_that_no_policy_can_name_on_another_node_disturbs_nothing(tailnet):
+    """Headscale takes it. One node that cannot be read as it should is not to hide all others."""
+    stack = tailnet
+    restore(stack)
+    policy = copy.deepcopy(stack.base)
+    policy["tagOwners"]["tag:web_server"] = ["alice@example.com"]
+    stack.lab.set_policy(policy)
+    try:
+        stack.lab("hs", "nodes", "tag", "-i", stack.lab.node_ids()["ci"], "-t", "tag:web_server")
+        wait_until(lambda: stack.ssh_from("ci", "true", user=stack.other).returncode == 255, "its tag has changed", 15, every=0.3)
+        assert stack.ssh_from("alice-laptop", "true").returncode == 0
+        live = stack.hold(stack.on("alice-laptop", "ssh", "-o", "BatchMode=yes", f"{stack.user}@server", "echo up; exec sleep 1000"))
+        live.wait_for("up")
+        stack.lab.set_policy({**policy, "grants": [g for g in policy["grants"] if g["src"] != ["alice@example.com"]]})
+        assert any("Access revoked." in line for line in live.to_the_end()), live.seen
+    finally:
+        stack.lab("hs", "nodes", "tag", "-i", stack.lab.node_ids()["ci"], "-t", "tag:ci")
+        stack.lab.set_policy(stack.base)
+    wait_until(lambda: stack.ssh_from("ci", "true", user=stack.other).returncode == 0, "its tag is back", 15, every=0.3)
+
+
 def test_a_grant_that_says_something_else_of_a_session_ends_it_and_one_that_says_the_same_does_not(tailnet):
     stack = tailnet
     restore(stack)
