@@ -150,6 +150,12 @@ int on_any(ssh_session session, std::uint8_t type, ssh_buffer packet, void*) {
   if (session->current_crypto == nullptr && (session->flags & SSH_SESSION_FLAG_KEX_STRICT) != 0 && type != SSH2_MSG_DISCONNECT && type != SSH2_MSG_KEXINIT &&
       type != SSH2_MSG_KEXDH_INIT && type != SSH2_MSG_NEWKEYS)
     return end(session, "a packet that strict key exchange does not allow");
+  // Version line and KEXINIT of the client come together as a rule, and libssh closes the socket where nothing matches: what we offer, which clients show to
+  // their user then, goes out before it looks. The socket takes it: there has been nothing else but our version line.
+  if (type == SSH2_MSG_KEXINIT && session->current_crypto == nullptr) {
+    ssh_socket_set_write_wontblock(session->socket);
+    ssh_socket_nonblocking_flush(session->socket);
+  }
   if (type == SSH2_MSG_KEXDH_INIT && the_observer != nullptr) the_observer->on_key_exchange_answer();
   // An answer to an open that we did not ask for, or have an answer to: libssh takes number, window and packet size of it before it looks at the
   // channel's state. With a packet size of 0 it then writes packets of nothing for ever (as in CVE-2026-59843, which was about opens).

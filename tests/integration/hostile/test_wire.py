@@ -120,6 +120,16 @@ HELLO = [b"", b"\n", b"\r\n\r\n", b"SSH-1.5-old\r\n", b"SSH-2.0\r\n", b"SSH-9.9-
          b"SSH-2.0-" + b"x" * 5000 + b"\r\n", b"A" * 100_000, b"\0" * 1000, b"SSH-2.0-\0\0\0\r\n", b"SSH-2.0-%s%n%x\r\n" + bytes(64)]
 
 
+def test_a_client_with_which_nothing_matches_is_shown_what_there_is(world):
+    """Version line and KEXINIT in one segment, as they often come: the answer is the server's own KEXINIT, from which ssh makes "no matching key exchange method found"."""
+    for _ in range(20):
+        with Wire(world) as w:
+            w.raw(w.version + b"\r\n" + w.packet(w.our_kexinit(kex="none@example.com")))
+            w.server_version = w.line()
+            assert b"curve25519-sha256" in w.expect(KEXINIT)
+            w.ended(5)
+
+
 @pytest.mark.parametrize("number", range(1, len(HELLO)))
 def test_what_does_not_begin_as_ssh_ends(world, number):
     with Wire(world) as w:
