@@ -11,6 +11,8 @@ import pwd
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 
 import pytest
@@ -297,15 +299,64 @@ def test_sshfs_shows_the_files_of_the_server(host, there, tree, tmp_path):
         process.wait(15 * SLACK)
 
 
-def test_a_vs_code_like_flow_keeps_a_server_running_by_a_shell_on_stdin(host):
-    """VS Code's Remote-SSH starts a shell without a terminal, writes a script to it, and keeps it open next to many short commands."""
-    shell = host.popen("ssh", "-T", "postern", "bash", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    shell.stdin.write(b"echo start; (while read line; do echo \"served $line\"; done); echo end\n")
+def block(host, alias: str, address: str, more: str = "") -> str:
+    """Another alias of the same server, for who comes from `address`."""
+    return host.config.read_text().replace("Host postern", f"Host {alias}", 1).replace(f"BindAddress {host.stack.alice}", f"BindAddress {address}") + more
+
+
+def socks(proxy, port: int) -> socket.socket:
+    """A connection to that port of the server's 127.0.0.1 (RFC 1928)."""
+    sock = socket.create_connection(proxy, timeout=30 * SLACK)
+    sock.sendall(b"\x05\x01\x00")
+    assert sock.recv(2) == b"\x05\x00"
+    sock.sendall(b"\x05\x01\x00\x01\x7f\x00\x00\x01" + struct.pack(">H", port))
+    assert sock.recv(10)[:2] == b"\x05\x00"
+    return sock
+
+
+def test_a_vs_code_like_flow_keeps_a_server_running_by_a_shell_on_stdin(host, tmp_path):
+    """VS Code's Remote-SSH: a shell without a terminal that is fed a script, keeps a server running, and carries by -D what the editor asks of that; a hundred short channels."""
+    config = tmp_path / "config"
+    config.write_text(block(host, "code", host.stack.plain_alice))
+    proxy = (f"{host.stack.net}.77", 1080)  # nobody else has this net
+    shell = host.popen(shutil.which("ssh"), "-F", config, "-T", "-D", f"{proxy[0]}:{proxy[1]}", "-o", "ExitOnForwardFailure=yes", "code", "bash", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server = "import socketserver\nclass H(socketserver.StreamRequestHandler):\n  def handle(self): self.wfile.write(b'served ' + self.rfile.readline())\ns = socketserver.ThreadingTCPServer(('127.0.0.1', 0), H)\nprint(s.server_address[1], flush=True)\ns.serve_forever()\n"
+    shell.stdin.write(f"echo start; cat > server.py <<'EOF'\n{server}EOF\npython3 server.py & echo started\n".encode())
     shell.stdin.flush()
-    assert shell.stdout.readline() == b"start\n"
-    for i in range(20):
+    said = sorted(shell.stdout.readline() for _ in range(3))
+    port = int(said[0])
+    assert said[1:] == [b"start\n", b"started\n"]
+    for i in range(100):
+        with socks(proxy, port) as sock:
+            sock.sendall(b"request %d\n" % i)
+            assert sock.makefile("rb").read() == b"served request %d\n" % i
+    waiting = [socks(proxy, port) for _ in range(20)]  # beside each other as well
+    for i, sock in enumerate(waiting):
+        sock.sendall(b"%d\n" % i)
+    assert [sock.makefile("rb").read() for sock in waiting] == [b"served %d\n" % i for i in range(20)]
+    for sock in waiting:  # ssh stays as long as one of them is open
+        sock.close()
+    for i in range(10):
         assert ok(host.run("ssh", "postern", f"echo {i}")).stdout == b"%d\n" % i
-        shell.stdin.write(b"request %d\n" % i)
-        shell.stdin.flush()
-        assert shell.stdout.readline() == b"served request %d\n" % i
-    assert shell.communicate(timeout=15 * SLACK)[0] == b"end\n" and shell.returncode == 0
+    shell.stdin.write(b"kill $!; echo over\n")
+    shell.stdin.flush()
+    assert shell.communicate(timeout=15 * SLACK)[0] == b"over\n" and shell.returncode == 0
+
+
+def test_proxy_jump_through_ourselves_reaches_ourselves(host, tmp_path):
+    """`ssh -J`: the second login comes from the server's own address, so the network must know that (here: a node for 127.0.0.1)."""
+    stack = host.stack
+    config = tmp_path / "config"
+    config.write_text(block(host, "jump", stack.plain_alice) + block(host, "behind", stack.plain_alice, "\n  ProxyJump jump\n"))
+    stack.write_nodes('[[node]]\nname = "the-server-itself"\naddresses = ["127.0.0.1"]\nuser = "plain@example.com"\n')
+    stack.reload()
+    try:
+        done = ok(host.run(shutil.which("ssh"), "-F", config, "behind", 'cat; echo "$POSTERN_NODE"', input=bytes(range(256)) * 4096))
+        assert done.stdout == bytes(range(256)) * 4096 + b"the-server-itself\n"
+        copied = tmp_path / "copied"
+        ok(host.run(shutil.which("scp"), "-F", config, config, "behind:copied"))
+        ok(host.run(shutil.which("scp"), "-F", config, "-J", "jump", "behind:copied", copied))
+        assert copied.read_bytes() == config.read_bytes()
+    finally:
+        stack.write_nodes()
+        stack.reload()
