@@ -5,10 +5,14 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 
 namespace postern::sshd::net {
 namespace {
+
+/// Outputs that are over mostly mean that the program is, too: its exit-status, which is to come first, is on its way.
+constexpr std::chrono::milliseconds exit_wait{50};
 
 /// Shared by all channels of this process, never zero-filled (a zeroed megabyte is a private megabyte, research/libssh.md section 5).
 char* shared_buffer() {
@@ -19,6 +23,7 @@ char* shared_buffer() {
 }  // namespace
 
 SessionChannel::~SessionChannel() {
+  if (end_timer_ != 0) poller_.cancel(end_timer_);
   close_input(false);
   close_output(output_);
   close_output(error_);
@@ -78,7 +83,7 @@ void SessionChannel::on_eof(ssh_session, ssh_channel, void* self) {
 
 void SessionChannel::on_close(ssh_session, ssh_channel, void* self) {
   auto& channel = *static_cast<SessionChannel*>(self);
-  channel.touched_ = channel.client_eof_ = channel.client_closed_ = true;
+  channel.touched_ = channel.client_closed_ = true;
 }
 
 /// How much the program took. What it did not take stays in libssh: the client's window does not grow.
@@ -191,7 +196,7 @@ bool SessionChannel::send_rests() {
 }
 
 void SessionChannel::show(const std::string& text) {
-  if (handle_ == nullptr || client_closed_ || finished_) return;
+  if (handle_ == nullptr || client_closed_ || end_sent_ || finished_) return;
   rests_.push_back({true, text + "\r\n"});
   send_rests();
 }
@@ -259,7 +264,8 @@ void SessionChannel::started(const channel::Started& how, std::vector<UniqueFd> 
 void SessionChannel::exited(const channel::Exited& how) {
   if (exited_) return;
   exited_ = how;
-  if (handle_ == nullptr || client_closed_ || finished_) return;
+  // Also after the client's CLOSE where that answered our EOF, as sshd does: OpenSSH's client closes at once then, and waits for the status.
+  if (handle_ == nullptr || (client_closed_ && !end_sent_) || finished_) return;
   if (how.by_signal != 0)
     ssh_channel_request_send_exit_signal(handle_, std::string{how.name.get()}.c_str(), how.core != 0 ? 1 : 0, "", "");
   else
@@ -270,25 +276,60 @@ void SessionChannel::turn(bool alone) {
   touched_ = false;
   if (handle_ == nullptr || finished_) return;
   if (client_closed_) {
-    abandon();
-    return;
+    ext::keep_window(handle_);  // to a channel that it has closed the client wants no WINDOW_ADJUST
+    if (!end_sent_) return drain();
   }
   write_input();
-  if (client_eof_ && !backlog_ && pending_input_.empty() && !pty_ && started_) close_input(false);
+  if ((client_eof_ || client_closed_) && !backlog_ && pending_input_.empty() && !pty_ && started_) close_input(false);
   if (send_rests()) {
     const std::size_t most = alone ? whole_read : shared_read;
     read_output(output_, most);
     read_output(error_, most);
   }
-  if (exited_ && output_.ended && error_.ended && rests_.empty()) {
-    close_input(false);
-    // RFC 4254 section 6.10 leaves the order open; OpenSSH's: exit-status, output, EOF, CLOSE. Both in two calls: with output
-    // pending ssh_channel_close() sends the EOF alone (research/libssh.md 7.6).
-    ext::keep_window(handle_);  // what the client still sends is thrown away
+  if (!started_ || !output_.ended || !error_.ended || !rests_.empty()) return;
+  if (!exited_) return announce_end();
+  // RFC 4254 section 6.10 leaves the order open; OpenSSH's: exit-status, output, EOF, CLOSE.
+  ended_ = true;
+  finish();
+}
+
+/// Nothing more will come from a program that lives on: who reads its output to the end is not to wait for it, as under sshd. CLOSE comes at its exit.
+void SessionChannel::announce_end() {
+  if (end_sent_) return;
+  if (end_due_) {
     ssh_channel_send_eof(handle_);
-    ssh_channel_close(handle_);
-    finished_ = true;
+    end_sent_ = true;
+  } else if (end_timer_ == 0) {
+    end_timer_ = poller_.after(exit_wait, [this] {
+      end_timer_ = 0;
+      touched_ = end_due_ = true;
+    });
   }
+}
+
+/// The client closed the channel first. As under sshd (CHAN_OUTPUT_WAIT_DRAIN) its program still gets all that was sent, and then its end of file; only
+/// then CLOSE is answered. Who waits for that knows that everything has arrived. A program that ends does not want the rest.
+void SessionChannel::drain() {
+  if (start_asked && !started_) return;  // it is on its way, and so is what belongs into it
+  if (!exited_) write_input();
+  if (pty_) close_input(false);  // a terminal hangs up: what does not fit now is nobody's
+  close_output(output_);
+  close_output(error_);
+  rests_.clear();
+  if (!exited_ && input_ >= 0 && (backlog_ || !pending_input_.empty())) return;
+  finish();
+}
+
+void SessionChannel::finish() {
+  close_input(false);
+  close_output(output_);
+  close_output(error_);
+  rests_.clear();
+  // Both in two calls: with output pending ssh_channel_close() sends the EOF alone (research/libssh.md 7.6).
+  ext::keep_window(handle_);  // what the client still sends is thrown away
+  ssh_channel_send_eof(handle_);
+  ssh_channel_close(handle_);
+  finished_ = true;
 }
 
 void SessionChannel::client_reads_no_more() {
@@ -297,20 +338,6 @@ void SessionChannel::client_reads_no_more() {
   if (finished_ || combined_ || pty_ || !started_) return;
   close_output(output_);
   std::erase_if(rests_, [](const Rest& r) { return !r.error; });
-}
-
-void SessionChannel::abandon() {
-  if (finished_) return;
-  write_input();  // what fits now: `printf x | ssh host 'cat > f'` must not depend on who closes first
-  close_input(false);
-  close_output(output_);
-  close_output(error_);
-  rests_.clear();
-  if (handle_ != nullptr) {
-    ssh_channel_send_eof(handle_);
-    ssh_channel_close(handle_);
-  }
-  finished_ = true;
 }
 
 void SessionChannel::update_watches() {

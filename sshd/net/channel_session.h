@@ -63,12 +63,13 @@ class SessionChannel {
   /// Every byte, the exit status and our CLOSE are out (or the client closed): the program's descriptors are closed.
   bool finished() const { return finished_; }
   bool client_closed() const { return client_closed_; }
+  /// For session, once finished(): why.
+  channel::Type how_it_ended() const { return ended_ ? channel::Type::ended : client_eof_ ? channel::Type::closed_after_eof : channel::Type::closed; }
   /// Did bytes of this channel come from the client or go to it since the last call?
   bool take_moved() { return std::exchange(moved_, false); }
   /// The client's stdout is gone (`ssh host yes | head -1`): the program is to get its SIGPIPE. Its stderr is read on, as by sshd
   /// (channels.c chan_rcvd_eow). A terminal has one descriptor for both directions and stays as it is.
   void client_reads_no_more();
-  void abandon();  ///< the client closed the channel: writes what is there, closes the descriptors, answers CLOSE
 
  private:
   struct Expected {
@@ -86,6 +87,9 @@ class SessionChannel {
     std::string bytes;
   };
   void send_replies();
+  void drain();
+  void finish();
+  void announce_end();
   bool may_send() const;
   void send_or_keep(const char* bytes, std::size_t size, bool error);
   void read_output(Output& output, std::size_t most);
@@ -118,7 +122,11 @@ class SessionChannel {
   bool moved_ = false;
   bool touched_ = false;         ///< a callback noted something since the last turn
   bool client_eof_ = false;
+  Poller::TimerId end_timer_ = 0;  ///< the outputs are over: exit-status is waited for
+  bool end_due_ = false;           ///< not any longer
+  bool end_sent_ = false;          ///< our EOF is out, the program lives on
   bool client_closed_ = false;
+  bool ended_ = false;           ///< finished by the program's end
   bool finished_ = false;
 };
 

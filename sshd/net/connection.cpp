@@ -95,7 +95,10 @@ void Connection::run() {
     note("login grace time is over");
     disconnect(ext::DisconnectReason::by_application, "The login took too long.");
   });
-  poller_.watch(client_fd_, POLLIN, [this](short) { on_client_socket(); });
+  poller_.watch(client_fd_, POLLIN, [this](short events) {
+    if ((events & POLLIN) != 0) heard_ = true;  // that it can be written to says nothing of the client
+    on_client_socket();
+  });
   poller_.watch(link_->fd(), POLLIN, [this](short) { link_ready_ = true; });
   turn();
   while (!done_) {
@@ -112,7 +115,6 @@ void Connection::run() {
 bool Connection::client_gone() const { return (ssh_get_status(session_) & (SSH_CLOSED | SSH_CLOSED_ERROR)) != 0; }
 
 void Connection::on_client_socket() {
-  heard_ = true;
   const int rc = ssh_event_dopoll(event_, 0);
   quick_ack();
   if (rc != SSH_ERROR && !client_gone()) return;
@@ -426,7 +428,7 @@ void Connection::on_session_message(Message message) {
       const std::size_t expected = started->combined != 0 ? 1u : static_cast<std::size_t>((started->input != 0) + (started->output != 0) + (started->error != 0));
       if (message.fds.size() != expected) return broken();
       SessionChannel* const target = find(started->channel);
-      if (target == nullptr || target->finished() || target->client_closed()) return;  // the descriptors close with the message
+      if (target == nullptr || target->finished()) return;  // the descriptors close with the message
       target->session_answered(true);
       target->started(*started, std::move(message.fds));
       return;
@@ -567,7 +569,8 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
       body->rows = request.rows;
       body->xpixels = request.xpixels;
       body->ypixels = request.ypixels;
-      if (target.start_asked || limits.pty || !body->term.set(request.text) || !body->modes.set(request.value)) return refuse();
+      static_cast<void>(body->term.set(request.text));  // too long for a terminal's name: better none than no terminal
+      if (target.start_asked || limits.pty || !body->modes.set(request.value)) return refuse();
       limits.pty = true;
       target.asked(request.want_reply);
       link_->send(wire(channel::Type::pty), *body);
@@ -575,9 +578,11 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
     }
     case Kind::env: {
       if (target.start_asked || request.text.empty() || request.text.size() > channel::max_env_name ||
-          request.value.size() > channel::max_env_value || limits.env >= channel::max_env_count)
+          request.value.size() > channel::max_env_value || limits.env >= channel::max_env_count ||
+          request.text.size() + request.value.size() > channel::max_env_bytes - limits.env_bytes)
         return refuse();
       limits.env++;
+      limits.env_bytes += request.text.size() + request.value.size();
       target.asked(request.want_reply);
       channel::Env body;
       body.channel = number;
@@ -588,7 +593,7 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
     case Kind::shell: request.text.clear(); return start(channel::StartKind::shell);
     case Kind::exec: return start(channel::StartKind::exec);
     case Kind::subsystem: return start(channel::StartKind::subsystem);
-    case Kind::window_change: {  // no reply (RFC 4254 section 6.7)
+    case Kind::window_change: {  // without a reply (RFC 4254 section 6.7), but who wants one gets sshd's: yes, with a terminal and without
       channel::WindowChange body;
       body.channel = number;
       body.cols = request.cols;
@@ -596,14 +601,14 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
       body.xpixels = request.xpixels;
       body.ypixels = request.ypixels;
       link_->send(wire(channel::Type::window_change), body);
-      return;
+      return target.answered(request.want_reply, true);
     }
-    case Kind::signal: {  // no reply (RFC 4254 section 6.9)
+    case Kind::signal: {  // likewise (RFC 4254 section 6.9); whether it was sent is session's to say
       channel::Signal body;
       body.channel = number;
       if (!is_signal_name(request.text) || !body.name.set(request.text)) return refuse();
-      link_->send(wire(channel::Type::signal), body);
-      if (request.want_reply) target.answered(true, true);
+      if (request.want_reply) target.asked(true);
+      link_->send(wire(request.want_reply ? channel::Type::ask_signal : channel::Type::signal), body);
       return;
     }
     case Kind::send_break:
@@ -612,8 +617,7 @@ void Connection::handle_request(SessionChannel& target, ext::ChannelRequest requ
       return;
     case Kind::end_of_write:
       target.client_reads_no_more();
-      if (request.want_reply) target.answered(true, true);
-      return;
+      return refuse();  // sshd's answer, which does what is asked all the same (serverloop.c, server_input_channel_req)
     case Kind::agent:
       if (target.start_asked) return refuse();  // the program has its environment already
       target.asked(request.want_reply);
@@ -649,7 +653,7 @@ void Connection::serve_channels() {
       SessionChannel& channel = *it->second;
       moved = channel.take_moved() || moved;
       if (channel.finished()) {
-        if (limits_.erase(channel.number()) != 0) link_->send(wire(channel::Type::closed), channel::ChannelRef{channel.number()});
+        if (limits_.erase(channel.number()) != 0) link_->send(wire(channel.how_it_ended()), channel::ChannelRef{channel.number()});
         if (channel.client_closed()) {
           it = channels_.erase(it);
           continue;

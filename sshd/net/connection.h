@@ -129,7 +129,7 @@ class Connection : private ext::PacketObserver, private ext::Signer {
 
   std::map<std::uint32_t, std::unique_ptr<SessionChannel>> channels_;
   struct Limits {
-    std::size_t env = 0;
+    std::size_t env = 0, env_bytes = 0;
     bool pty = false;
   };
   std::map<std::uint32_t, Limits> limits_;

@@ -18,7 +18,8 @@ inline constexpr std::uint16_t version = 1;
 inline constexpr std::size_t max_message = 192 * 1024;  ///< bytes after the header
 inline constexpr std::size_t max_command = 128 * 1024;
 inline constexpr std::size_t max_env_name = 256;
-inline constexpr std::size_t max_env_value = 16 * 1024;
+inline constexpr std::size_t max_env_value = 128 * 1024;     ///< execve(2) takes no longer string
+inline constexpr std::size_t max_env_bytes = 1024 * 1024;    ///< names and values of a channel: it keeps them until its program starts
 inline constexpr std::size_t max_env_count = 128;  ///< per channel
 inline constexpr std::uint32_t first_incoming = 0x80000000;
 
@@ -31,7 +32,7 @@ enum class Type : std::uint16_t {
   window_change = 5,  ///< WindowChange
   signal = 6,         ///< Signal
   send_break = 7,     ///< ChannelRef (answered)
-  closed = 8,         ///< ChannelRef: the client closed the channel (or net did, after exited was sent)
+  closed = 8,         ///< ChannelRef: the client closed the channel, and what it had sent is in the program's input, which net has closed
   ask_sign = 9,       ///< net::AskSign, for a rekey: session forwards it to the broker; answered by signature
   activity = 10,      ///< Activity: bytes moved on a session channel since the last one; only when watch_activity asked for it
   forward_connect = 11,  ///< ForwardTarget; answered by forward_ready or forward_failed
@@ -40,6 +41,9 @@ enum class Type : std::uint16_t {
   forward_closed = 14,   ///< ForwardClosed: a forwarding is over, or the client refused one that came in
   agent = 15,            ///< ChannelRef: auth-agent-req@openssh.com (answered)
   x11 = 16,              ///< X11 (answered)
+  ask_signal = 17,       ///< Signal (answered): its client wants to know
+  closed_after_eof = 18, ///< as closed, and the client's EOF had come before
+  ended = 19,            ///< ChannelRef: after exited and the end of the outputs, net closed the channel
 
   // session -> net
   answer_ok = 20,    ///< Answer

@@ -46,6 +46,7 @@ bool make_pipe(PipeEnds& p, bool large = true) {
   if (large) ::fcntl(fds[1], F_SETPIPE_SZ, pipe_size);  // where the limit is lower the default has to do
   return true;
 }
+std::string own_descriptor(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
 void no_blocking(int fd) { ::fcntl(fd, F_SETFL, ::fcntl(fd, F_GETFL) | O_NONBLOCK); }
 
 std::vector<std::string> split(std::string_view list) {
@@ -58,9 +59,9 @@ std::vector<std::string> split(std::string_view list) {
   return parts;
 }
 
-/// A terminal name from a stranger goes into the environment and a recording: what terminfo(5) names hold, else nothing.
+/// A terminal name from a stranger goes into the environment and a recording: what is printable, else nothing.
 std::string clean_term(std::string_view term) {
-  const bool good = std::all_of(term.begin(), term.end(), [](unsigned char c) { return c > 0x20 && c < 0x7f; });
+  const bool good = std::all_of(term.begin(), term.end(), [](unsigned char c) { return c >= 0x20 && c < 0x7f; });
   return good ? std::string{term} : std::string{};
 }
 
@@ -86,6 +87,7 @@ std::string_view signal_name(int signal) {
 SessionChannel::SessionChannel(ChannelHost& host, std::uint32_t number) : host_{host}, number_{number} {}
 
 SessionChannel::~SessionChannel() {
+  leave_hang_up();
   for (const UniqueFd* fd : {&from_output_, &from_error_, &input_from_net_, &to_input_})
     if (*fd) host_.poller.forget(fd->get());
   close_terminal();
@@ -117,6 +119,8 @@ bool SessionChannel::pty(const ch::Pty& request) {
 bool SessionChannel::env(std::string_view name, std::string_view value) {
   if (state_ != State::opened || closed_) return false;
   if (++env_count_ > ch::max_env_count || name.size() > ch::max_env_name || value.size() > ch::max_env_value) return false;
+  if (name.size() + value.size() > ch::max_env_bytes - env_bytes_) return false;
+  env_bytes_ += name.size() + value.size();
   if (!accepts_environment(host_.facts, name, value)) return false;
   for (auto& [n, v] : environment_)
     if (n == name) {
@@ -153,13 +157,16 @@ void SessionChannel::window_change(const ch::WindowChange& request) {
   if (another && tee_ && (state_ == State::running || state_ == State::waiting)) tee_->resize(window_.cols, window_.rows);
 }
 
-void SessionChannel::signal(std::string_view name) {
+bool SessionChannel::signal(std::string_view name) {
   const int number = signal_number(name);
-  if (number == 0 || pid_ <= 0) return;
+  if (number == 0 || pid_ <= 0) return false;
   // As sshd: a program that the client did not choose is not the client's to stop (session.c session_signal_req).
-  if (kind_ == ch::StartKind::subsystem || !host_.facts.rules.command.get().empty())
-    return spdlog::info("event=signal_refused channel={} signal={}", number_, name);
+  if (kind_ == ch::StartKind::subsystem || !host_.facts.rules.command.get().empty()) {
+    spdlog::info("event=signal_refused channel={} signal={}", number_, name);
+    return false;
+  }
   pty::signal_program_as(host_.user, pid_, number);
+  return true;
 }
 
 bool SessionChannel::send_break() {
@@ -296,6 +303,7 @@ bool SessionChannel::make_descriptors(pty::Launch& launch, std::vector<UniqueFd>
   for (const PipeEnds* const pipe : {&in, &out, &err})
     if (::fchown(pipe->read.get(), host_.user.uid, host_.user.gid) != 0 && ::geteuid() == 0) return false;
   if (kind_ == ch::StartKind::subsystem && !original_command_) ::fcntl(in.write.get(), F_SETPIPE_SZ, sftp_input_pipe_size);
+  input_pipe_.reset(::open(own_descriptor(in.read.get()).c_str(), O_PATH | O_CLOEXEC));
   launch.input = in.read.get();
   launch.output = out.write.get();
   launch.error = err.write.get();
@@ -553,6 +561,10 @@ void SessionChannel::child_exited(int wait_status) {
   state_ = State::exited;
   log_out();
   try_report_exit();
+  if (hang_up_timer_ != 0 && host_.tree.members_of_session(first_pid_, false).empty()) {
+    leave_hang_up();
+    host_.changed();
+  }
 }
 
 void SessionChannel::try_report_exit() {
@@ -635,15 +647,17 @@ void SessionChannel::close_terminal() {
   close_input();
 }
 
-void SessionChannel::closed() {
+void SessionChannel::closed(Leaving how) {
   if (closed_) return;
   closed_ = true;
-  if (pid_ > 0) {
-    // Of a terminal also the group in the foreground; the kernel does it when the last leader closes, and net's may close later.
-    if (terminal_ && terminal_->leader)
-      if (const pid_t front = ::tcgetpgrp(terminal_->leader.get()); front > 1 && front != pid_) ::kill(-front, SIGHUP);
-    pty::signal_program(pid_, SIGHUP);
-    pty::signal_program(pid_, SIGCONT);  // a stopped group would never see it
+  if (how == Leaving::ended && !reported_) how = Leaving::closed;  // net can say what it likes
+  if (first_pid_ > 0 && how != Leaving::ended) {
+    awaits_input_ = how != Leaving::closed;
+    if (how == Leaving::gone) connection_gone();
+    if (terminal_)
+      hang_up();
+    else if (pid_ > 0 || !host_.tree.members_of_session(first_pid_, false).empty())
+      hang_up_timer_ = host_.poller.after(hang_up_delay, [this] { hang_up_later(); });
   }
   stop_reading('o');
   stop_reading('e');
@@ -653,7 +667,52 @@ void SessionChannel::closed() {
   host_.changed();
 }
 
+void SessionChannel::connection_gone() {
+  // Half of the time that the connection's end waits for programs: the other half is for their own way out.
+  if (!input_limit_) input_limit_ = Poller::Clock::now() + hang_up_delay + std::chrono::milliseconds{host_.facts.hang_up_ms} / 2;
+}
+
+void SessionChannel::hang_up_later() {
+  hang_up_timer_ = 0;
+  if (awaits_input_ && input_unread() && (!input_limit_ || Poller::Clock::now() < *input_limit_)) {
+    hang_up_timer_ = host_.poller.after(input_look, [this] { hang_up_later(); });
+    return;
+  }
+  hang_up();
+  host_.changed();
+}
+
+/// Is something on its way to the program that it may still read?
+bool SessionChannel::input_unread() const {
+  if (to_input_) return true;  // closed when it has all
+  // A writer for a moment: a reader would keep from net, whose pipe it is, that the program has closed its end.
+  const UniqueFd pipe{input_pipe_ ? ::open(own_descriptor(input_pipe_.get()).c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1};
+  pollfd p{pipe.get(), 0, 0};
+  int n = 0;
+  if (!pipe || ::poll(&p, 1, 0) != 0) return false;  // POLLERR: nobody reads, pipe(7)
+  return ::ioctl(pipe.get(), FIONREAD, &n) == 0 && n > 0;
+}
+
+/// SIGHUP for the program and all that is in its session still, in whatever process group: what made itself independent has left it, or ignores it.
+void SessionChannel::hang_up() {
+  leave_hang_up();
+  std::vector<pid_t> groups;
+  if (pid_ > 0) {
+    // Of a terminal also the group in the foreground; the kernel does it when the last leader closes, and net's may close later.
+    if (terminal_ && terminal_->leader)
+      if (const pid_t front = ::tcgetpgrp(terminal_->leader.get()); front > 1 && front != pid_) {
+        ::kill(-front, SIGHUP);
+        groups.push_back(front);
+      }
+    pty::signal_program(pid_, SIGHUP);
+    pty::signal_program(pid_, SIGCONT);  // a stopped group would never see it
+    groups.push_back(pid_);
+  }
+  host_.tree.hang_up_session(first_pid_, pid_ > 0, groups);
+}
+
 void SessionChannel::abandon() {
+  if (hang_up_timer_ != 0) hang_up();
   if (pid_ == 0) return;
   abandoned_ = true;
   pid_ = 0;
@@ -661,6 +720,6 @@ void SessionChannel::abandon() {
   end_recording();
 }
 
-bool SessionChannel::finished() const { return closed_ && pid_ == 0 && (!tee_ || tee_->is_ended()); }
+bool SessionChannel::finished() const { return closed_ && pid_ == 0 && hang_up_timer_ == 0 && (!tee_ || tee_->is_ended()); }
 
 }  // namespace postern::sshd::session

@@ -9,12 +9,14 @@
 #include "sshd/session/tee.h"
 #include "sshd/session/tree.h"
 
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace postern::sshd::session {
@@ -26,6 +28,20 @@ inline constexpr int pipe_size = 1024 * 1024;
 /// Input of sftp-server. It reads 16 KiB for each request that it answers into a queue without bound, which it copies when it grows: with more
 /// than that ready, psftp's 4 KiB writes take 91 s for 48 MiB in place of 1.2 (2026-11-26); OpenSSH's sftp loses nothing that shows.
 inline constexpr int sftp_input_pipe_size = 16 * 1024;
+
+/// From the client's leaving to the hang-up of a program without a terminal. sshd hangs up none of them: clients that send their bytes, EOF and CLOSE at once
+/// (asyncssh, paramiko), or leave when exec is confirmed (`nohup x &`), count on the program's getting as far as its input or its nohup(1).
+inline constexpr std::chrono::milliseconds hang_up_delay{1'000};
+/// Looked for so often, whether a program has read all that a client had sent that then left.
+inline constexpr std::chrono::milliseconds input_look{100};
+
+/// How a channel comes to its end.
+enum class Leaving {
+  ended,     ///< the program's end, all of it shown: what it left behind runs on, as under sshd
+  closed,    ///< the client closed it
+  sent_all,  ///< likewise, after its EOF: its program reads all of it before it is hung up
+  gone,      ///< with the connection
+};
 
 /// What a channel needs of its connection.
 struct ChannelHost {
@@ -62,10 +78,15 @@ class SessionChannel {
   /// Answers by itself: `started`, or answer_no.
   void start(channel::StartKind kind, std::string_view text);
   void window_change(const channel::WindowChange& request);
-  void signal(std::string_view name);
+  /// Whether it was sent.
+  bool signal(std::string_view name);
   bool send_break();
-  /// The client closed the channel, or is gone: hang up.
-  void closed();
+  /// Nobody is there any more: what it shows is closed, and its programs are hung up unless it has ended. With a terminal at once, as the kernel does it.
+  void closed(Leaving how);
+  /// The connection of a closed channel is gone: what its client had sent is waited for only so long.
+  void connection_gone();
+  /// All of the connection's processes are being ended.
+  void leave_hang_up() { host_.poller.cancel(std::exchange(hang_up_timer_, 0)); }
   /// Fail closed, nobody records: one line for the user; the program is killed by the caller, its status will be 254.
   void lose_recorder(std::string_view line);
 
@@ -100,6 +121,9 @@ class SessionChannel {
   void end_recording();
   void log_out();
   void close_terminal();
+  void hang_up_later();
+  void hang_up();
+  bool input_unread() const;
   std::string exit_text() const;
 
   ChannelHost& host_;
@@ -112,7 +136,7 @@ class SessionChannel {
   pty::Window window_;
   std::string term_;
   Variables environment_;
-  std::size_t env_count_ = 0;
+  std::size_t env_count_ = 0, env_bytes_ = 0;
   channel::StartKind kind_ = channel::StartKind::shell;
   std::optional<std::string> command_;
   std::optional<std::string> original_command_;  // what the client asked for, where a rule forces another
@@ -120,6 +144,10 @@ class SessionChannel {
   // The program.
   pid_t pid_ = 0;
   pid_t first_pid_ = 0;
+  UniqueFd input_pipe_;    // its stdin without a terminal, by O_PATH: neither reader nor writer, but it can be asked what is in there
+  Poller::TimerId hang_up_timer_ = 0;
+  bool awaits_input_ = false;  // no hang-up before it has read what the client sent
+  std::optional<Poller::Clock::time_point> input_limit_;
   bool logged_in_ = false;
   bool reaped_ = false, reported_ = false, abandoned_ = false;
   int wait_status_ = 0;

@@ -471,7 +471,7 @@ SessionChannel* SessionProcess::find(std::uint32_t number) {
 bool SessionProcess::hold(const Message& m, bool& held) {
   held = false;
   const auto type = static_cast<ch::Type>(m.type);
-  const bool of_channel = (type >= ch::Type::open && type <= ch::Type::closed) || type == ch::Type::agent || type == ch::Type::x11;
+  const bool of_channel = (type >= ch::Type::open && type <= ch::Type::closed) || (type >= ch::Type::agent && type <= ch::Type::ended);
   std::uint32_t number = 0;
   if (held_.empty() || !of_channel || m.bytes.size() < sizeof number) return true;
   std::memcpy(&number, m.bytes.data(), sizeof number);
@@ -549,11 +549,13 @@ bool SessionProcess::on_net_message(const Message& m) {
       c->window_change(*r);
       return true;
     }
-    case ch::Type::signal: {
+    case ch::Type::signal:
+    case ch::Type::ask_signal: {
       const auto r = m.body<ch::Signal>();
       SessionChannel* c = r && r->name.valid() ? find(r->channel) : nullptr;
       if (c == nullptr) return false;
-      c->signal(r->name.get());
+      const bool sent = c->signal(r->name.get());
+      if (static_cast<ch::Type>(m.type) == ch::Type::ask_signal) answer(r->channel, sent);
       return true;
     }
     case ch::Type::send_break: {
@@ -563,13 +565,16 @@ bool SessionProcess::on_net_message(const Message& m) {
       answer(r->channel, c->send_break());
       return true;
     }
-    case ch::Type::closed: {
+    case ch::Type::closed:
+    case ch::Type::closed_after_eof:
+    case ch::Type::ended: {
       const auto r = m.body<ch::ChannelRef>();
       const auto it = r ? channels_.find(r->channel) : channels_.end();
       if (it == channels_.end()) return false;
       auto c = std::move(it->second);
       channels_.erase(it);
-      c->closed();
+      const auto type = static_cast<ch::Type>(m.type);
+      c->closed(type == ch::Type::ended ? Leaving::ended : type == ch::Type::closed ? Leaving::closed : Leaving::sent_all);
       forwarding_->channel_closed(r->channel);
       closing_.push_back(std::move(c));
       sweep_ = true;
@@ -695,8 +700,9 @@ void SessionProcess::net_gone() {
   held_.clear();
   held_bytes_ = 0;
   if (forwarding_) forwarding_->end(false);
+  for (auto& c : closing_) c->connection_gone();
   for (auto& [number, c] : channels_) {
-    c->closed();
+    c->closed(Leaving::gone);
     closing_.push_back(std::move(c));
   }
   channels_.clear();
@@ -704,7 +710,7 @@ void SessionProcess::net_gone() {
   sweep_ = true;
   if (first) {
     spdlog::info("event=client_gone connection={}", facts_.id().text());
-    poller_.after(std::chrono::milliseconds{facts_.hang_up_ms}, [this] {
+    poller_.after(hang_up_delay + std::chrono::milliseconds{facts_.hang_up_ms}, [this] {
       if (ending_tree_ || revoked_) return;  // all is ended, in its own time
       waited_ = true;
       for (auto& c : closing_) c->abandon();
@@ -718,6 +724,8 @@ void SessionProcess::net_gone() {
 /// Everything that the connection started, also what has left its session or ignores signals.
 void SessionProcess::end_tree() {
   ending_tree_ = true;
+  for (auto& c : closing_) c->leave_hang_up();
+  sweep_ = true;
   tree_->signal_all(SIGHUP);
   tree_->signal_all(SIGCONT);
   tree_->signal_all(SIGTERM);

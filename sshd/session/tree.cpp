@@ -8,6 +8,7 @@
 #include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -82,6 +83,23 @@ std::vector<pid_t> ProcessTree::members() {
 
 void ProcessTree::signal_all(int signal) {
   for (const pid_t p : members()) ::kill(p, signal);
+}
+
+std::vector<pid_t> ProcessTree::members_of_session(pid_t session, bool led) {
+  if (session <= 0 || (!led && (::kill(session, 0) == 0 || errno == EPERM))) return {};
+  auto pids = members();
+  std::erase_if(pids, [session](pid_t p) { return ::getsid(p) != session; });
+  return pids;
+}
+
+void ProcessTree::hang_up_session(pid_t session, bool led, const std::vector<pid_t>& groups) {
+  for (const pid_t p : members_of_session(session, led)) {
+    // Held while it is looked at again, so that the number cannot have become another's in between.
+    const UniqueFd held{static_cast<int>(::syscall(SYS_pidfd_open, p, 0))};
+    if (!held || ::getsid(p) != session || std::find(groups.begin(), groups.end(), ::getpgid(p)) != groups.end()) continue;
+    ::syscall(SYS_pidfd_send_signal, held.get(), SIGHUP, nullptr, 0);
+    ::syscall(SYS_pidfd_send_signal, held.get(), SIGCONT, nullptr, 0);  // stopped, it would never see it
+  }
 }
 
 void ProcessTree::kill_all() {

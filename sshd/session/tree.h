@@ -31,6 +31,11 @@ class ProcessTree {
 
   void signal_all(int signal);
   void kill_all();
+  /// Those of ours whose session (setsid(2)) is `session`, which a program of ours began. `led`: nobody has reaped that program yet. Afterwards its number is
+  /// nobody else's for as long as one of its session lives; so when a process has it again, none does.
+  std::vector<pid_t> members_of_session(pid_t session, bool led);
+  /// SIGHUP to them, but for those in `groups`, which have theirs.
+  void hang_up_session(pid_t session, bool led, const std::vector<pid_t>& groups);
   bool empty();
   /// Leaves what still runs to itself (as sshd does at a normal end) and removes the leaf.
   void let_go();

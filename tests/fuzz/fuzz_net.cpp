@@ -233,7 +233,12 @@ class World {
         return start(body->first);
       }
       case Type::window_change: require(message.body<chan::WindowChange>().has_value()); return;
-      case Type::signal: require(message.body<chan::Signal>() && message.body<chan::Signal>()->name.valid()); return;
+      case Type::signal:
+      case Type::ask_signal: {
+        const auto body = message.body<chan::Signal>();
+        require(body && body->name.valid());
+        return static_cast<Type>(message.type) == Type::ask_signal ? answer(body->channel) : void();
+      }
       case Type::send_break:
       case Type::agent: {
         require(message.body<chan::ChannelRef>().has_value());
@@ -244,7 +249,9 @@ class World {
         require(body && body->protocol.valid() && body->cookie.valid());
         return answer(body->channel);
       }
-      case Type::closed: require(message.body<chan::ChannelRef>().has_value()); return;
+      case Type::closed:
+      case Type::closed_after_eof:
+      case Type::ended: require(message.body<chan::ChannelRef>().has_value()); return;
       case Type::ask_sign: return sign(session, chan::version, static_cast<std::uint16_t>(Type::signature), message);
       case Type::activity: require(message.body<chan::Activity>().has_value()); return;
       case Type::forward_connect: {

@@ -281,12 +281,14 @@ void Client::on_channel(Message& message) {
       if (it->second.leader) ::ioctl(it->second.leader.get(), TIOCSWINSZ, &size);
       return;
     }
-    case Type::signal: {
+    case Type::signal:
+    case Type::ask_signal: {
       const auto body = message.body<chan::Signal>();
       const auto it = channels_.find(body->channel);
       const auto name = body->name.get();
       tell({{"event", "signal"}, {"name", name}});
       if (it != channels_.end() && it->second.pid > 0) ::kill(-it->second.pid, name == "USR1" ? SIGUSR1 : name == "INT" ? SIGINT : SIGTERM);
+      if (static_cast<Type>(message.type) == Type::ask_signal) answer(body->channel, it != channels_.end() && it->second.pid > 0);
       return;
     }
     case Type::send_break: {
@@ -296,7 +298,9 @@ void Client::on_channel(Message& message) {
       if (it != channels_.end() && it->second.pid > 0) ::kill(-it->second.pid, SIGINT);
       return answer(number, true);
     }
-    case Type::closed: {
+    case Type::closed:
+    case Type::closed_after_eof:
+    case Type::ended: {
       const auto number = message.body<chan::ChannelRef>()->channel;
       tell({{"event", "closed"}, {"channel", number}});
       if (const auto it = channels_.find(number); it != channels_.end()) {

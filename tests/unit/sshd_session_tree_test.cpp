@@ -6,13 +6,16 @@
 #include "base/id.h"
 #include "sshd/session/tree.h"
 
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <string>
+#include <vector>
 
 using postern::sshd::session::ProcessTree;
 
@@ -68,4 +71,57 @@ TEST_CASE("a zygote that starts removes the cgroup of a session that died", "[se
   REQUIRE(leaf_exists(id));
   ProcessTree::sweep();
   CHECK_FALSE(leaf_exists(id));
+}
+
+TEST_CASE("a session is hung up without its leader, in whatever process groups, and what has left it is not", "[session][tree]") {
+  ProcessTree tree{postern::Id::random().text(), false};  // makes us the subreaper
+  int told[2];
+  REQUIRE(::pipe(told) == 0);
+  const auto tell = [&](int kind) {
+    const pid_t said[2] = {kind, ::getpid()};
+    if (::write(told[1], said, sizeof said) != sizeof said) ::_exit(1);
+  };
+  const pid_t leader = ::fork();
+  if (leader == 0) {
+    ::setsid();
+    for (int kind = 0; kind < 3; kind++)
+      if (::fork() == 0) {
+        if (kind == 1) ::setpgid(0, 0);
+        if (kind == 2) ::setsid();
+        tell(kind);
+        for (;;) ::pause();
+      }
+    ::_exit(0);
+  }
+  pid_t members[3] = {};
+  for (int i = 0; i < 3; i++) {
+    pid_t said[2];
+    REQUIRE(::read(told[0], said, sizeof said) == sizeof said);
+    members[said[0]] = said[1];
+  }
+  int status = 0;
+  REQUIRE(::waitpid(leader, &status, 0) == leader);
+  auto found = tree.members_of_session(leader, false);
+  std::sort(found.begin(), found.end());
+  std::vector<pid_t> expected{members[0], members[1]};
+  std::sort(expected.begin(), expected.end());
+  CHECK(found == expected);
+  CHECK(tree.members_of_session(0, false).empty());
+
+  tree.hang_up_session(leader, false, {members[1]});
+  REQUIRE(::waitpid(members[0], &status, 0) == members[0]);
+  CHECK((WIFSIGNALED(status) && WTERMSIG(status) == SIGHUP));
+  CHECK(::waitpid(members[1], &status, WNOHANG) == 0);  // its group had it already
+  tree.hang_up_session(leader, false, {});
+  REQUIRE(::waitpid(members[1], &status, 0) == members[1]);
+  CHECK((WIFSIGNALED(status) && WTERMSIG(status) == SIGHUP));
+  CHECK(tree.members_of_session(leader, false).empty());
+  CHECK(::waitpid(members[2], &status, WNOHANG) == 0);
+  // A session's number that is a living process's again is another's.
+  CHECK(tree.members_of_session(members[2], false).empty());
+  CHECK(tree.members_of_session(members[2], true) == std::vector<pid_t>{members[2]});
+  ::kill(members[2], SIGKILL);
+  ::waitpid(members[2], &status, 0);
+  ::close(told[0]);
+  ::close(told[1]);
 }
