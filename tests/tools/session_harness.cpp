@@ -276,6 +276,7 @@ Harness::Harness() {
 }
 
 Harness::~Harness() {
+  if (session_pid > 0 && broker) revoke("the test is over");  // its programs are to go now, not when they would be hung up
   net.reset();
   broker.reset();
   if (session_pid > 0 && control) session_died(2s);
