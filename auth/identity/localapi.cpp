@@ -80,9 +80,10 @@ class Response {
       const std::size_t used = parser_.put(asio::buffer(rest_), ec);
       rest_.erase(0, used);
       if (ec == http::error::need_more) break;
-      if (ec) return ec.message();
       // Beast's own limit lets through what came together with the header (1.74).
-      if (limit_ && body().size() > *limit_) return "more than " + std::to_string(*limit_) + " bytes";
+      too_long_ = ec == http::error::body_limit || (limit_ && body().size() > *limit_);
+      if (too_long_) return "more than " + std::to_string(limit_.value_or(0)) + " bytes";
+      if (ec) return ec.message();
       if (used == 0) break;
     }
     return rest_.size() > max_unparsed_bytes && !parser_.is_done() ? "a line without an end" : "";
@@ -94,6 +95,7 @@ class Response {
     parser_.put_eof(ec);
     return !ec && parser_.is_done();
   }
+  bool too_long() const { return too_long_; }
   bool begun() const { return !rest_.empty() || parser_.got_some(); }
   bool has_header() const { return parser_.is_header_done(); }
   bool done() const { return parser_.is_done(); }
@@ -105,6 +107,7 @@ class Response {
   const std::optional<std::size_t> limit_;
   http::response_parser<GrowingBody> parser_;
   std::string rest_;
+  bool too_long_ = false;
 };
 
 std::optional<uid_t> user_at_other_end(int socket) {
@@ -180,7 +183,7 @@ class LocalApi::Connection : public std::enable_shared_from_this<LocalApi::Conne
       if (self->owner_ == nullptr || self->generation_ != g) return;
       if (!self->question_) return self->drop();
       if (ec) return self->response_->put_end() ? self->complete() : self->lost(ec == asio::error::eof ? "it closed the connection" : ec.message());
-      if (const std::string wrong = self->response_->put(self->buffer_.data(), n); !wrong.empty()) return self->fail("no answer of its kind: " + wrong);
+      if (const std::string wrong = self->response_->put(self->buffer_.data(), n); !wrong.empty()) return self->fail("no answer of its kind: " + wrong, self->response_->too_long() ? E2BIG : EAGAIN);
       if (self->response_->done()) return self->complete();
       self->read();
     });
@@ -207,9 +210,9 @@ class LocalApi::Connection : public std::enable_shared_from_this<LocalApi::Conne
     owner_->last_answer_ = Clock::now();
     finish(std::move(answer));
   }
-  void fail(const std::string& why) {
+  void fail(const std::string& why, int code = EAGAIN) {
     close();
-    finish(Unexpected{away("asking tailscaled for " + question_->target.substr(0, question_->target.find('?')) + ": " + why)});
+    finish(Unexpected{Error{code, "asking tailscaled for " + question_->target.substr(0, question_->target.find('?')) + ": " + why}});
   }
   /// The callback may do anything, also destroy the owner: hence last, but for what the owner does then.
   void finish(Expected<Answer> answer) {

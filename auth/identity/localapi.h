@@ -30,7 +30,7 @@ inline constexpr int max_localapi_waits = 4;
 ///
 /// Never blocks, never throws, and calls back exactly once for each question, within bounded time whatever the other end does: `timeout` from sending
 /// to the last byte; while a question waits for a connection, `timeout` without any answer to anybody, or max_localapi_waits of them in all.
-/// What it says of the other end's faults is Error{EAGAIN}. Once destroyed it calls nothing.
+/// What it says of the other end's faults is Error{EAGAIN}, of an answer longer than `limit` Error{E2BIG}. Once destroyed it calls nothing.
 class LocalApi {
  public:
   struct Answer {

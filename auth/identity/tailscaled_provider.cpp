@@ -290,6 +290,8 @@ class Tailscaled : public Provider {
     Expected<std::optional<Node>> answer = std::optional<Node>{};
     if (!got) {
       answer = Unexpected{got.error()};
+      // That passes no more than other things that a node may have said of itself.
+      if (got.error().code == E2BIG) answer.error().user_message = "What the network says of your machine is too long.";
     } else if (got->status == 200) {
       auto read = read_whois(got->body, who.port == 0 ? std::optional{who.address} : std::nullopt, {.own_id = status_.own_id, .shared_users = settings_.shared_users, .now = std::chrono::system_clock::now()});
       if (read) answer = std::optional{std::move(read->node)};
@@ -298,7 +300,7 @@ class Tailscaled : public Provider {
       answer = Unexpected{Error{EAGAIN, "asking tailscaled for whois: status " + std::to_string(got->status)}};
     }
     // One of before a change is told to those who asked before it; they will be looked at again.
-    const bool sure = answer || answer.error().code != EAGAIN;
+    const bool sure = got && (answer || answer.error().code != EAGAIN);
     if (turn == epoch_ && known_ && sure && answers_.size() < most_answers) answers_.insert_or_assign(who, Known{answer, Clock::now() + answers_serve});
     const auto alive = alive_;
     for (const auto& call : waiting) {

@@ -696,6 +696,8 @@ class Stack:
             "control": {"socket": self.dir / "relay/control.sock"},
             "journal": {"dir": self.dir / "relay/journal"},
             "dial": {"source": self.server},
+            # As start_timeout above: which recorder has a recording is not to depend on the disk.
+            "recorders": {"first_commit_timeout": "10s"},
             "log": {"level": "debug"},
         }
 

@@ -82,7 +82,7 @@ def test_a_stopped_recorder_that_wakes_up_cannot_write_what_went_elsewhere(net):
 
 
 def test_a_login_while_the_first_recorder_hangs_is_recorded_at_the_second(make_stack):
-    net = make_stack(**scenes.settings(relay={"recorders": {"lost_timeout": "30s"}}, posternd={"recorder": {"start_timeout": "5s"}}))
+    net = make_stack(**scenes.settings(relay={"recorders": {"lost_timeout": "30s", "first_commit_timeout": "400ms"}}, posternd={"recorder": {"start_timeout": "5s"}}))
     scenes.choose(net, "a")
     net.recorder_a.pause()
     try:
