@@ -651,7 +651,9 @@ void SessionChannel::closed(Leaving how) {
   if (closed_) return;
   closed_ = true;
   if (how == Leaving::ended && !reported_) how = Leaving::closed;  // net can say what it likes
-  if (first_pid_ > 0 && how != Leaving::ended) {
+  if (how == Leaving::revoked) {
+    hang_up_groups();
+  } else if (first_pid_ > 0 && how != Leaving::ended) {
     awaits_input_ = how != Leaving::closed;
     if (how == Leaving::gone) connection_gone();
     if (terminal_)
@@ -693,22 +695,26 @@ bool SessionChannel::input_unread() const {
   return ::ioctl(pipe.get(), FIONREAD, &n) == 0 && n > 0;
 }
 
+/// SIGHUP for the program's process group; which ones have it now.
+std::vector<pid_t> SessionChannel::hang_up_groups() {
+  std::vector<pid_t> groups;
+  if (pid_ <= 0) return groups;
+  // Of a terminal also the group in the foreground; the kernel does it when the last leader closes, and net's may close later.
+  if (terminal_ && terminal_->leader)
+    if (const pid_t front = ::tcgetpgrp(terminal_->leader.get()); front > 1 && front != pid_) {
+      ::kill(-front, SIGHUP);
+      groups.push_back(front);
+    }
+  pty::signal_program(pid_, SIGHUP);
+  pty::signal_program(pid_, SIGCONT);  // a stopped group would never see it
+  groups.push_back(pid_);
+  return groups;
+}
+
 /// SIGHUP for the program and all that is in its session still, in whatever process group: what made itself independent has left it, or ignores it.
 void SessionChannel::hang_up() {
   leave_hang_up();
-  std::vector<pid_t> groups;
-  if (pid_ > 0) {
-    // Of a terminal also the group in the foreground; the kernel does it when the last leader closes, and net's may close later.
-    if (terminal_ && terminal_->leader)
-      if (const pid_t front = ::tcgetpgrp(terminal_->leader.get()); front > 1 && front != pid_) {
-        ::kill(-front, SIGHUP);
-        groups.push_back(front);
-      }
-    pty::signal_program(pid_, SIGHUP);
-    pty::signal_program(pid_, SIGCONT);  // a stopped group would never see it
-    groups.push_back(pid_);
-  }
-  host_.tree.hang_up_session(first_pid_, pid_ > 0, groups);
+  host_.tree.hang_up_session(first_pid_, pid_ > 0, hang_up_groups());
 }
 
 void SessionChannel::abandon() {

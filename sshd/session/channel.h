@@ -41,6 +41,7 @@ enum class Leaving {
   closed,    ///< the client closed it
   sent_all,  ///< likewise, after its EOF: its program reads all of it before it is hung up
   gone,      ///< with the connection
+  revoked,   ///< the tree will be ended as a whole: its programs hear of it, and nothing is looked for
 };
 
 /// What a channel needs of its connection.
@@ -122,6 +123,7 @@ class SessionChannel {
   void log_out();
   void close_terminal();
   void hang_up_later();
+  std::vector<pid_t> hang_up_groups();
   void hang_up();
   bool input_unread() const;
   std::string exit_text() const;

@@ -702,7 +702,7 @@ void SessionProcess::net_gone() {
   if (forwarding_) forwarding_->end(false);
   for (auto& c : closing_) c->connection_gone();
   for (auto& [number, c] : channels_) {
-    c->closed(Leaving::gone);
+    c->closed(revoked_ ? Leaving::revoked : Leaving::gone);
     closing_.push_back(std::move(c));
   }
   channels_.clear();
