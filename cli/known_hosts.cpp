@@ -11,8 +11,6 @@
 
 #include <boost/asio/io_context.hpp>
 
-#include <nlohmann/json.hpp>
-
 #include <cerrno>
 
 #include <fcntl.h>
@@ -26,7 +24,6 @@
 #include <cctype>
 #include <cstring>
 #include <iostream>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -79,25 +76,6 @@ std::vector<Address> resolve(const std::string& host) {
   return all;
 }
 
-/// Of tailscaled's status: each node's ID and its name in the network's DNS, whole: "server.example.ts.net".
-std::map<std::string, std::string> dns_names(const std::string& status) {
-  using Json = nlohmann::json;
-  // The whole of it: the library's filter looks through all peers at the end of each, and read_status() has said that it is not nested too deeply.
-  const Json all = Json::parse(status, nullptr, false);
-  std::map<std::string, std::string> names;
-  const auto take = [&](const Json& node) {
-    if (!node.is_object() || !node.contains("ID") || !node["ID"].is_string() || !node.contains("DNSName") || !node["DNSName"].is_string()) return;
-    std::string name = node["DNSName"];
-    if (!name.empty() && name.back() == '.') name.pop_back();
-    names.insert_or_assign(node["ID"], std::move(name));
-  };
-  if (!all.is_object()) return names;
-  if (const auto self = all.find("Self"); self != all.end()) take(*self);
-  if (const auto peers = all.find("Peer"); peers != all.end() && peers->is_object())
-    for (const auto& peer : *peers) take(peer);
-  return names;
-}
-
 /// The network's nodes by their whole names (a Provider of tailscaled has the first label only), or why it cannot say. Asks once.
 Expected<Network> ask_network(const Options& o) {
   namespace identity = auth::identity;
@@ -122,11 +100,10 @@ Expected<Network> ask_network(const Options& o) {
   if (!status->running()) return Unexpected{Error{EAGAIN, "tailscaled is not connected to its network"}};
   // Then no tunnel leads to the network's addresses from here, but whatever road there is: anybody may answer.
   if (!status->tun) return Unexpected{Error{ENOTSUP, "tailscaled runs without a TUN device"}};
-  const auto names = dns_names((*got)->body);
   for (auto& node : status->network.nodes) {
     // Where the network has no name for it, it would be called what it calls itself (HostName).
-    const auto name = names.find(node.id);
-    node.name = name != names.end() ? name->second : "";
+    const auto name = status->dns_names.find(node.id);
+    node.name = name != status->dns_names.end() ? name->second : "";
   }
   return std::move(status->network);
 }

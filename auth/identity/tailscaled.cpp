@@ -340,7 +340,9 @@ Expected<TailscaledStatus> read_status(std::string_view json, bool shared_users)
     if (!of.expect(peer.is_object(), "Peer")) return;
     Node node;
     node.id = of.text(peer, "ID");
-    node.name = first_label(Reader::said(peer, "DNSName"));
+    std::string dns_name = Reader::said(peer, "DNSName");
+    if (dns_name.ends_with('.')) dns_name.pop_back();
+    node.name = first_label(dns_name);
     if (node.name.empty()) node.name = Reader::said(peer, "HostName");
     node.tags = of.tags(peer);
     for (const auto& text : of.texts(peer, "TailscaleIPs"))
@@ -359,6 +361,7 @@ Expected<TailscaledStatus> read_status(std::string_view json, bool shared_users)
     node.shared = shared;
     // One of another network, or one that nobody stands for (a user whose name no rule can have): no rule is about it.
     const bool foreign = shared && !shared_users;
+    if (!foreign && !dns_name.empty()) status.dns_names.insert_or_assign(node.id, std::move(dns_name));
     if (!node.tagged()) (foreign ? others : ours).insert(user);
     if (!foreign && !node.id.empty() && (node.tagged() || !node.login.empty())) nodes.push_back(std::move(node));
   };

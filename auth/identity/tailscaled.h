@@ -5,6 +5,7 @@
 #include "base/node.h"
 
 #include <chrono>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -52,6 +53,7 @@ struct TailscaledStatus {
   std::vector<Address> own_addresses;  ///< empty while not Running
   Network network;                     ///< this machine and the peers that it may see; empty while not Running
   std::vector<WallTime> key_expiries;  ///< of peers, also past ones
+  std::map<std::string, std::string> dns_names;  ///< by StableID: "server.example.ts.net", where the network has one
 
   bool running() const { return state == "Running"; }
 };

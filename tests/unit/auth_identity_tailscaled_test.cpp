@@ -130,6 +130,7 @@ TEST_CASE("status gives the visible network, without other networks' users", "[a
   CHECK(alice->name == "alice-laptop");
   CHECK(alice->login == "alice@example.com");
   CHECK(s->network.with_tag("tag:server").size() == 1);
+  CHECK(s->dns_names == std::map<std::string, std::string>{{"1", "server.lab.example.com"}, {"3", "alice-laptop.lab.example.com"}});
   CHECK(s->network.users == std::vector<std::string>{"alice@example.com", "bob@example.com"});
   CHECK(s->key_expiries.size() == 1);
   CHECK(read_status(text, true)->network.nodes.size() == 3);
