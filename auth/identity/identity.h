@@ -48,6 +48,8 @@ class Provider {
   virtual std::vector<Address> own_addresses() const { return {}; }
   /// The network's own compiled ssh rules for this machine, as JSON (Tailscale's tailcfg.SSHPolicy).
   virtual Expected<std::string> ssh_policy() const { return Unexpected{Error{ENOTSUP, "this identity provider has no ssh rules of the network"}}; }
+  /// The wall clock was set, or the machine slept: what waits for a time of day waits for the wrong one.
+  virtual void clock_changed() {}
   /// Reads again what the answers come from. On problems the old state stays.
   virtual Expected<Done, std::vector<Problem>> reload() = 0;
 };

@@ -78,6 +78,9 @@ class Tailscaled : public Provider {
   const Network& network() const override { return status_.network; }
   std::vector<Address> own_addresses() const override { return status_.own_addresses; }
   Expected<std::string> ssh_policy() const override { return ssh_policy_; }
+  void clock_changed() override {
+    if (bus_) look_soon();  // keys may have expired
+  }
   Expected<Done, std::vector<Problem>> reload() override {
     if (bus_) look_soon();
     return Done{};

@@ -584,7 +584,7 @@ void Broker::network_changed() {
 void Broker::clock_changed() {
   if (stopping_) return;
   spdlog::info("event=clock_changed");
-  (void)provider_->reload();  // what it kept of before may have expired
+  provider_->clock_changed();
   judge_again();
 }
 
