@@ -1,11 +1,13 @@
 #include "pty/launch.h"
 
 #include "base/processes.h"
+#include "base/unique_fd.h"
 
 #include "pty/oom_score.h"
 
 #include <fcntl.h>
 #include <linux/close_range.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
@@ -118,8 +120,14 @@ void signal_program(pid_t program, int signal) {
 }
 
 void signal_program_as(const LocalUser& user, pid_t program, int signal) {
-  if (::fork() != 0) return;
-  // It is the user's to stop from here on, and is to hold nothing open then, nor outlive us.
+  const pid_t child = ::fork();
+  if (child > 0) {
+    const UniqueFd held{static_cast<int>(::syscall(SYS_pidfd_open, child, 0))};  // not reaped yet: the number is its own
+    pollfd ended{held.get(), POLLIN, 0};
+    if (held && ::poll(&ended, 1, 100) == 0) ::syscall(SYS_pidfd_send_signal, held.get(), SIGKILL, nullptr, 0);
+  }
+  if (child != 0) return;
+  // It is to hold nothing open when it is the user's to stop, nor outlive us.
   ::syscall(SYS_close_range, 0U, ~0U, 0U);
   if (!become_user(user)) ::_exit(could_not_become_user);
   ::prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);

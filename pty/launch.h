@@ -37,7 +37,8 @@ Expected<pid_t> launch(const Launch& what, bool sibling = false);
 void signal_program(pid_t program, int signal);
 
 /// The same with the rights of `user` (kill(2)): of a group in which something runs as another one, sudo for instance, only what the user could signal gets it.
-/// By a short-lived child, which the caller reaps as it does the others.
+/// By a short-lived child, which the caller reaps as it does the others. It is waited for, so that signals come in their order; but it is the user's to stop,
+/// so not for longer than 0.1 s: then it is killed, and the signal may be lost.
 void signal_program_as(const LocalUser& user, pid_t program, int signal);
 
 }  // namespace postern::pty
