@@ -406,7 +406,7 @@ class Helper {
   }
 
   void listen_agent(std::uint32_t id) {
-    char folder[] = "/tmp/ssh-XXXXXX";  // as sshd's (session.c auth_input_request_forwarding), but for its ten X, of which mkdtemp(3) replaces the last six; 0700
+    char folder[] = "/tmp/ssh-XXXXXX";  // as sshd's (session.c auth_input_request_forwarding); mkdtemp(3): 0700
     if (::mkdtemp(folder) == nullptr) return fail_with(id, errno);
     Listener listener;
     listener.folder = folder;
