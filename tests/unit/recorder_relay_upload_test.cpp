@@ -133,11 +133,11 @@ TEST_CASE("a recorder that has a beginning gets the rest only", "[relay][upload]
 }
 
 TEST_CASE("a recorder with other bytes is a conflict and gets none of ours", "[relay][upload]") {
-  Scene s{"0123456789"};
+  Scene s{"ghijklmnop"};  // no digits: a head in the answer may hold any of them
   s.start();
   s.answer(4, s.head(5));
   CHECK(s.after_open()[0] == 'F');
-  CHECK(s.after_open().find("456") == std::string::npos);
+  CHECK(s.after_open().find("klm") == std::string::npos);
   CHECK(s.said == Words{"refused conflict"});
 }
 
